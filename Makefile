@@ -1,0 +1,45 @@
+# make train    pretrain on real images, here, now           make lint     ruff and clang-format
+# make test     the test suite                               make bench    the microbenchmark
+#
+# Each sets up .venv the first time (about 5 GB: PyTorch's ordinary build) and re-uses it afterwards.
+# PYTHON=python3.12 make test     takes another interpreter.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: train test lint format bench clean
+
+train: $(READY)
+	$(RUN) -m barlow_fused train $(ARGS)
+
+test: $(READY)
+	$(RUN) -m pytest $(ARGS)
+
+bench: $(READY)
+	$(RUN) -m benchmarks $(ARGS)
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	git ls-files 'csrc/*' | xargs --no-run-if-empty $(VENV)/bin/clang-format --dry-run --Werror
+
+format: $(READY)
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+	git ls-files 'csrc/*' | xargs --no-run-if-empty $(VENV)/bin/clang-format -i
+
+# The environment is rebuilt when what it is made from changes; an interrupted set-up starts over.
+$(READY): pyproject.toml Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python 3.10 or newer is needed, $(PYTHON) is older: make $(MAKECMDGOALS) PYTHON=/path/to/python3"; exit 1; }
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "Python's venv module does not work here; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	$(RUN) -m pip install --disable-pip-version-check -e '.[test,dev]'
+	@# These pin an old PyTorch or a large stack that their losses do not need: the files alone are enough to compare.
+	$(RUN) -m pip install --disable-pip-version-check --no-deps solo-learn==1.0.2 stable-pretraining==0.1.8
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,18 @@
+"""barlow_fused: the exact Barlow Twins loss for very wide projectors, without the (D, D) matrix."""
+
+from .loss import BarlowTwinsLoss, barlow_twins_loss, cross_correlation
+from .normalization import Normalization
+from .plan import configure
+from .reference import BarlowTwinsTerms
+from .version import __version__
+
+
+__all__ = [
+    "BarlowTwinsLoss",
+    "BarlowTwinsTerms",
+    "Normalization",
+    "__version__",
+    "barlow_twins_loss",
+    "configure",
+    "cross_correlation",
+]

@@ -1,0 +1,170 @@
+"""What a user calls: the loss as a function and as a module."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor, nn
+
+from .function import BarlowTwinsFunction, Spec
+from .normalization import Normalization, resolve_normalization
+from .plan import choose_backend, choose_route
+from .reference import BarlowTwinsTerms, reference_cross_correlation, reference_loss
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def barlow_twins_loss(
+    z_a: Tensor,  # [N, D]
+    z_b: Tensor,  # [N, D]
+    lambd: float = 0.0051,
+    scale: float = 1.0,
+    normalization: str | Normalization = "batch_norm",
+    eps: float | None = None,
+    route: str = "auto",
+    backend: str = "auto",
+    return_terms: bool = False,
+) -> Tensor | BarlowTwinsTerms:
+    """The Barlow Twins loss (Zbontar et al. 2021, arXiv 2103.03230, Algorithm 1), exact, without the (D, D) matrix.
+
+        C = standardize(z_a)^T standardize(z_b) / N
+        loss = scale * ( sum_i (C_ii - 1)^2  +  lambd * sum_{i != j} C_ij^2 )
+
+    Args:
+        z_a, z_b: the projector outputs of two views of N samples, (N, D) with N >= 2; float32, float64, bfloat16 or
+            float16, of one dtype and on one device; any strides.
+        lambd: weight of the off-diagonal (redundancy reduction) sum.
+        scale: factor on the whole loss.
+        normalization: how features are standardised over the N samples: ``"batch_norm"`` (biased variance, eps 1e-5
+            inside the root), ``"std"`` (unbiased deviation, eps 1e-6 added to it), ``"none"`` (the inputs are used as
+            they are), or a :class:`Normalization`.
+        eps: replaces the convention's eps.
+        route: ``"gram"`` (6 N^2 D FLOPs, two (N, N) matrices), ``"direct"`` (6 N D^2 FLOPs, one (D, D) matrix) or
+            ``"auto"`` (Gram where N <= D/2). Both give the same number; Gram loses precision as N nears or passes D.
+        backend: ``"torch"``, ``"triton"``, ``"cuda"``, ``"reference"`` (plain PyTorch and autograd) or ``"auto"``.
+        return_terms: also return the two sums.
+
+    Returns:
+        The loss, a scalar in float32 (float64 for float64 inputs); with ``return_terms`` a named tuple
+        ``(loss, on_diag, off_diag)`` of scalars, each differentiable. on_diag and off_diag carry neither ``lambd`` nor
+        ``scale``. NaN and Inf in the inputs reach the loss.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+        RuntimeError: the backend asked for cannot run here, or a second derivative was asked for.
+    """
+    _check_inputs(z_a, z_b)
+    lambd, scale = _number("lambd", lambd), _number("scale", scale)
+    convention = resolve_normalization(normalization, eps)
+    backend = choose_backend(backend, z_a.device)
+    route = choose_route(route, *z_a.shape, backend)
+    if backend == "reference":
+        terms = reference_loss(z_a, z_b, lambd, scale, convention)
+    else:
+        spec = Spec(backend, route, convention, lambd, scale)
+        terms = BarlowTwinsTerms(*BarlowTwinsFunction.apply(z_a, z_b, spec)[:3])
+    return terms if return_terms else terms.loss
+
+
+class BarlowTwinsLoss(nn.Module):
+    """:func:`barlow_twins_loss` as a module, without parameters or buffers.
+
+    >>> barlow = BarlowTwinsLoss(lambd=0.0051)
+    >>> loss = barlow(z_a, z_b)
+
+    Args: those of :func:`barlow_twins_loss` after ``z_a`` and ``z_b``.
+    """
+
+    def __init__(
+        self,
+        lambd: float = 0.0051,
+        scale: float = 1.0,
+        normalization: str | Normalization = "batch_norm",
+        eps: float | None = None,
+        route: str = "auto",
+        backend: str = "auto",
+        return_terms: bool = False,
+    ) -> None:
+        super().__init__()
+        resolve_normalization(normalization, eps)
+        choose_backend(backend)
+        choose_route(route)
+        self.lambd = _number("lambd", lambd)
+        self.scale = _number("scale", scale)
+        self.normalization = normalization
+        self.eps = eps
+        self.route = route
+        self.backend = backend
+        self.return_terms = return_terms
+
+    def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor | BarlowTwinsTerms:  # [N, D], [N, D] -> []
+        """The loss of two views' projector outputs."""
+        return barlow_twins_loss(
+            z_a,
+            z_b,
+            lambd=self.lambd,
+            scale=self.scale,
+            normalization=self.normalization,
+            eps=self.eps,
+            route=self.route,
+            backend=self.backend,
+            return_terms=self.return_terms,
+        )
+
+    def extra_repr(self) -> str:
+        eps = "" if self.eps is None else f", eps={self.eps:g}"
+        return (
+            f"lambd={self.lambd:g}, scale={self.scale:g}, normalization={self.normalization!r}{eps}, "
+            f"route={self.route!r}, backend={self.backend!r}"
+        )
+
+
+def cross_correlation(
+    z_a: Tensor,  # [N, D]
+    z_b: Tensor,  # [N, D]
+    normalization: str | Normalization = "batch_norm",
+    eps: float | None = None,
+) -> Tensor:  # [D, D]
+    """The cross-correlation matrix C = standardize(z_a)^T standardize(z_b) / N, for inspection.
+
+    The loss never forms it: this takes D^2 numbers of memory. Arguments and errors are those of
+    :func:`barlow_twins_loss`; the result is in float32 (float64 for float64 inputs) and differentiable.
+    """
+    _check_inputs(z_a, z_b)
+    convention = resolve_normalization(normalization, eps)
+    dtype = torch.promote_types(z_a.dtype, torch.float32)
+    with torch.autocast(z_a.device.type, enabled=False):
+        return reference_cross_correlation(z_a.to(dtype), z_b.to(dtype), convention)
+
+
+def _check_inputs(z_a: Tensor, z_b: Tensor) -> None:
+    for name, z in (("z_a", z_a), ("z_b", z_b)):
+        if not isinstance(z, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(z).__name__}")
+        if z.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {z.dtype}")
+        if z.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense (strided) tensor, got layout {z.layout}")
+        if z.dim() != 2:
+            raise ValueError(f"{name} must be 2-D, (samples N, features D), got shape {tuple(z.shape)}")
+    if z_a.shape != z_b.shape:
+        raise ValueError(f"z_a and z_b must have the same shape, got {tuple(z_a.shape)} and {tuple(z_b.shape)}")
+    if z_a.dtype != z_b.dtype:
+        raise TypeError(f"z_a and z_b must have the same dtype, got {z_a.dtype} and {z_b.dtype}")
+    if z_a.device != z_b.device:
+        raise ValueError(f"z_a and z_b must be on the same device, got {z_a.device} and {z_b.device}")
+    n, d = z_a.shape
+    if n < 2:
+        raise ValueError(f"z_a and z_b must have at least 2 samples (N >= 2), got N = {n}")
+    if d < 1:
+        raise ValueError(f"z_a and z_b must have at least 1 feature (D >= 1), got D = {d}")
+
+
+def _number(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)
