@@ -6,7 +6,6 @@ from .plan import configure
 from .reference import BarlowTwinsTerms
 from .version import __version__
 
-
 __all__ = [
     "BarlowTwinsLoss",
     "BarlowTwinsTerms",

@@ -8,7 +8,7 @@ from numbers import Real
 import torch
 from torch import Tensor, nn
 
-from .function import BarlowTwinsFunction, Spec
+from .function import Spec, apply
 from .normalization import Normalization, resolve_normalization
 from .plan import choose_backend, choose_route
 from .reference import BarlowTwinsTerms, reference_cross_correlation, reference_loss
@@ -63,8 +63,7 @@ def barlow_twins_loss(
     if backend == "reference":
         terms = reference_loss(z_a, z_b, lambd, scale, convention)
     else:
-        spec = Spec(backend, route, convention, lambd, scale)
-        terms = BarlowTwinsTerms(*BarlowTwinsFunction.apply(z_a, z_b, spec)[:3])
+        terms = apply(z_a, z_b, Spec(backend, route, convention, lambd, scale))
     return terms if return_terms else terms.loss
 
 

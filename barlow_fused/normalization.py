@@ -56,7 +56,8 @@ class Normalization:
 
     def rstd(self, var: Tensor, n: int) -> Tensor:  # [D] -> [D]
         """The factor that standardises a centred feature, from its biased variance ``var`` over ``n`` samples."""
-        var = var * (n / (n - self.correction))
+        if self.correction:
+            var = var * (n / (n - self.correction))
         return (var + self.eps).rsqrt() if self.eps_added_to == "variance" else 1 / (var.sqrt() + self.eps)
 
     def kappa(self, var: Tensor, n: int) -> Tensor | float:  # [D] -> [D], or one number for all features

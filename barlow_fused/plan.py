@@ -1,18 +1,25 @@
 """Which route and which backend a call takes, and what that costs.
 
 A choice is made in this order: the argument of the call, then :func:`configure`, then the environment variables
-``BARLOW_FUSED_ROUTE`` and ``BARLOW_FUSED_BACKEND``, then the rule for ``"auto"``.
+``BARLOW_FUSED_ROUTE`` and ``BARLOW_FUSED_BACKEND``, then the rule for ``"auto"``. The formulas of :func:`plan` stand
+in cost.py, the devices' rates in devices.py.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import textwrap
+from numbers import Integral
 
 import torch
 
 from . import backends
+from .cost import COSTS, Cost, Problem, usual_cost
+from .devices import resolve_device
 
 ROUTES = ("gram", "direct")
+TITLE = 14  # width of a plan's first column
 
 _configured: dict[str, str] = {}
 
@@ -29,11 +36,13 @@ class configure:  # noqa: N801 - used like torch.set_grad_enabled: a call that s
     """
 
     def __init__(self, route: str | None = None, backend: str | None = None) -> None:
-        self._previous = dict(_configured)
+        wanted = {}
         if route is not None:
-            _configured["route"] = _check("route", route, ROUTES)
+            wanted["route"] = _check("route", route, ROUTES)
         if backend is not None:
-            _configured["backend"] = _check("backend", backend, backends.BACKENDS)
+            wanted["backend"] = _check("backend", backend, backends.BACKENDS)
+        self._previous = dict(_configured)
+        _configured.update(wanted)
 
     def __enter__(self) -> configure:
         return self
@@ -78,6 +87,185 @@ def choose_route(route: str, n: int | None = None, d: int | None = None, backend
     if route == "auto":
         return "gram" if 2 * n <= d else "direct"
     return route
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How one call of the loss runs, forward and backward, and what it costs each rank; ``str()`` is a table.
+
+    Attributes:
+        n, d, dtype, world_size: what was asked; ``n`` counts the samples of all ranks.
+        device: the device's name.
+        route, backend: those that the call takes.
+        why: one sentence on why it takes this route.
+        fused: what this package costs: ``flops``, ``bytes_moved``, ``peak_memory`` (bytes, less those of the inputs
+            and of both gradients), ``floor`` (seconds), and with several ranks ``all_to_all_bytes`` and ``all_reduce_bytes``.
+        usual: the same for the usual implementation, the official code's recipe.
+        lower_bound: seconds that any implementation of the route needs on this device: its FLOPs at the device's
+            matrix-product rate, or 6 N D numbers moved (inputs read twice, gradients written).
+        rates: bandwidth and matrix-product rate that the times are computed from, and where they come from.
+    """
+
+    n: int
+    d: int
+    dtype: torch.dtype
+    world_size: int
+    device: str
+    route: str
+    backend: str
+    why: str
+    fused: Cost
+    usual: Cost
+    lower_bound: float
+    rates: str
+
+    def __str__(self) -> str:
+        ranks = f" (all ranks), {self.world_size} ranks" if self.world_size > 1 else ""
+        lines = [
+            "Barlow Twins loss, forward and backward" + (", predicted for each rank" if ranks else ""),
+            _wrap("inputs", f"N = {self.n}{ranks}, D = {self.d}, {_name(self.dtype)}"),
+            _wrap("device", self.device),
+            _wrap("rates", self.rates),
+            _wrap("backend", self.backend),
+            _wrap("route", f"{self.route}: {self.why}"),
+            "",
+            f"{'':{TITLE}}{'barlow_fused':>16}{'usual':>16}{'usual/fused':>14}",
+        ]
+        for title, field, unit in (
+            ("FLOPs", "flops", "FLOP"),
+            ("bytes moved", "bytes_moved", "B"),
+            ("peak memory", "peak_memory", "B"),
+            ("all-to-all", "all_to_all_bytes", "B"),
+            ("all-reduce", "all_reduce_bytes", "B"),
+            ("floor", "floor", "s"),
+        ):
+            fused, usual = getattr(self.fused, field), getattr(self.usual, field)
+            if fused or usual:
+                ratio = f"{_three_digits(usual / fused)}x" if fused and usual else "-"
+                lines.append(f"{title:{TITLE}}{_quantity(fused, unit):>16}{_quantity(usual, unit):>16}{ratio:>14}")
+        floor = "bytes or FLOPs at the device's rates, the slower" + (", without network" if ranks else "")
+        return "\n".join(
+            [
+                *lines,
+                "",
+                _wrap("peak memory", "at its peak, beyond inputs and gradients"),
+                _wrap("floor", f"{floor}; {_quantity(self.lower_bound, 's')} for any implementation of this route"),
+            ]
+        )
+
+    def to_dict(self) -> dict:
+        """The same as plain numbers and strings, ready for JSON."""
+        return {**dataclasses.asdict(self), "dtype": _name(self.dtype)}
+
+
+def plan(
+    n: int,
+    d: int,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+    world_size: int = 1,
+    route: str = "auto",
+    backend: str = "auto",
+) -> Plan:
+    """What :func:`barlow_twins_loss` would do with inputs of shape (n, d), and what it would cost.
+
+    >>> print(plan(2048, 65536, torch.bfloat16, device="h200"))
+
+    Args:
+        n: samples of the global batch, N >= 2 (all ranks together).
+        d: features, D >= 1.
+        dtype: of the inputs: float32, float64, bfloat16 or float16.
+        device: None (the GPU if there is one, else the CPU), a ``torch.device`` or its name, or ``"h200"``, ``"h100"``,
+            ``"a100"``, ``"b200"`` to plan for hardware that is not here. Other devices are measured, once per process.
+        world_size: how many ranks share the batch; the costs are then those of one rank.
+        route, backend: as for :func:`barlow_twins_loss`.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+        RuntimeError: the backend asked for cannot run there.
+    """
+    from .loss import DTYPES  # loss.py imports this file
+
+    n, d, world_size = _integer("n", n, 2), _integer("d", d, 1), _integer("world_size", world_size, 1)
+    if n % world_size:
+        raise ValueError(f"n must be divisible by world_size (ranks share it equally), got {n} and {world_size}")
+    if dtype not in DTYPES:
+        accepted = ", ".join(f"torch.{_name(accepted)}" for accepted in DTYPES)
+        raise (ValueError if isinstance(dtype, torch.dtype) else TypeError)(f"dtype must be {accepted}, got {dtype!r}")
+    target = resolve_device(device)
+    backend = choose_backend(backend, torch.device(target.type))
+    chosen = choose_route(route, n, d, backend)
+    problem = Problem(n, d, dtype, target, world_size, chosen)
+    return Plan(
+        n=n,
+        d=d,
+        dtype=dtype,
+        world_size=world_size,
+        device=target.label,
+        route=chosen,
+        backend=backend,
+        why=_why_route(route, n, d, backend),
+        fused=COSTS[backend](problem),
+        usual=usual_cost(problem),
+        lower_bound=problem.lower_bound,
+        rates=_rates(problem),
+    )
+
+
+def configured() -> dict[str, str]:
+    """What :func:`configure` has set, of ``"route"`` and ``"backend"``."""
+    return dict(_configured)
+
+
+def _why_route(argument: str, n: int, d: int, backend: str) -> str:
+    """One sentence on the choice that choose_route made."""
+    if backend == "reference":
+        return "the reference backend forms C, and knows no other"
+    if argument != "auto":
+        return "asked for by the argument"
+    if _resolve("route", argument, ROUTES) != "auto":
+        return "set by configure()" if "route" in _configured else "set by BARLOW_FUSED_ROUTE"
+    if 2 * n <= d:
+        return f"N <= D/2, {d / n:.3g}x fewer FLOPs than the direct route"
+    return "N > D/2, where the Gram route saves little and loses precision"
+
+
+def _rates(problem: Problem) -> str:
+    device = problem.device
+    products = [  # on CPUs this package and the usual implementation can multiply different dtypes
+        f"{_quantity(device.product_rate(dtype), 'FLOP')}/s {_name(dtype)}"
+        for dtype in dict.fromkeys((problem.product_dtype, problem.dtype))
+    ]
+    return f"{_quantity(device.bandwidth, 'B')}/s, {', '.join(products)} ({device.source(problem.dtype)})"
+
+
+def _wrap(title: str, text: str) -> str:
+    return textwrap.fill(text, 80, initial_indent=f"{title:{TITLE}}", subsequent_indent=" " * TITLE)
+
+
+def _quantity(value: float, unit: str) -> str:
+    """A number with three digits and the prefix that suits it: 1.65 TFLOP, 268 MB, 5.86 µs."""
+    units = (
+        {"n": 1e-9, "µ": 1e-6, "m": 1e-3, "": 1} if unit == "s" else {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+    )
+    prefix = next((prefix for prefix in reversed(units) if value >= units[prefix]), next(iter(units)))
+    return f"{_three_digits(value / units[prefix])} {prefix}{unit}" if value else "-"
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _integer(name: str, value: int, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__} ({value!r})")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return int(value)
 
 
 def _resolve(name: str, value: str, accepted: tuple[str, ...]) -> str:

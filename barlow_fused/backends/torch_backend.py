@@ -9,11 +9,10 @@ Two ideas make it fast:
   AVX-512 code there and is twice as fast, at the same float32 accuracy (benchmarks/NOTES.md).
 
 Means are removed twice: the first mean is rounded to the inputs' precision, which leaves an error of |mean| * 6e-8 in
-float32; the mean of what is left (``residual``) removes that, so that features with |mean|/std = 1000 lose nothing.
+float32; the mean of what is left removes that, so that features with |mean|/std = 1000 lose nothing.
 
-Both routes end in the same gradient. With S = B_hat^T A_hat / N (the transposed C), the product P = B_hat S carries all
-of the matrix work: P = K_b A_hat / N in the Gram route, P = B_hat C0^T in the direct one, where C0 is C with its
-diagonal set to 0. What remains is elementwise (``input_grad``).
+Both routes end in the same gradient, because both products are the same matrix work: P_a = B_hat C^T is K_b A_hat / N
+in the Gram route and B_hat C0^T in the direct one, where C0 is C with its diagonal set to 0. The rest is elementwise.
 """
 
 from __future__ import annotations
@@ -28,29 +27,55 @@ from ..normalization import Normalization
 
 SLAB_ELEMENTS = 2**18  # a float32 slab of 1 MiB: a core's L2 cache
 MIN_SLAB = 1024  # rows or columns: enough for the matrix product to run at full rate
+KEEP_ELEMENTS = 2**17  # inputs up to this size keep their standardised features: there, calls cost more than bytes
+FEW_SAMPLES = 16  # below this K's sums, long and of like terms, are kept in float64: the products cost nothing
 PANEL = 256  # rows of the lower-triangle panels of a symmetric product
 ONEDNN_MIN_FLOPS = 8e6  # below this, oneDNN's 20 us of set-up cost more than it saves
 
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+_ALL = slice(None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Normalized:
-    """Two views, and what it takes to standardise them: x_hat = ((z - mean) - residual) * rstd."""
+    """Two views, and what it takes to standardise them: x_hat = (z - mean) * rstd + shift."""
 
     z_a: Tensor  # [N, D]
     z_b: Tensor  # [N, D]
-    stats: Tensor | None  # [2, 4, D] of each view: mean, residual, rstd, kappa; None: the inputs are used as they are
+    normalization: Normalization | None  # None: the inputs are used as they are, and there are no statistics
     c: Tensor  # [D] diag(C), in the dtype that everything is computed in
+    stats: tuple[Tensor, ...]  # mean, shift, rstd, biased variance, each [2, 1, D] (views a and b); small inputs: x_hat
 
-    def slab(self, view: int, rows: slice, columns: slice) -> Tensor:
-        """A contiguous slab of A_hat (``view`` 0) or B_hat (1)."""
-        z = (self.z_a, self.z_b)[view][rows, columns].to(self.c.dtype)
-        if self.stats is None:
-            return z.contiguous()
-        mean, residual, rstd, _ = self.stats[view, :, columns].unbind()
-        centred = z - mean
-        return torch.addcmul(-residual * rstd, centred, rstd, out=centred)
+    def saved(self) -> list[Tensor]:
+        """What a backward pass needs, beside the inputs, to build this again."""
+        return [self.c, *self.stats]
+
+    @classmethod
+    def from_saved(
+        cls, z_a: Tensor, z_b: Tensor, normalization: Normalization | None, saved: list[Tensor]
+    ) -> Normalized:
+        """Build again what ``saved`` was taken from."""
+        return cls(z_a, z_b, normalization, saved[0], tuple(saved[1:]))
+
+    @staticmethod
+    def empty_saved(z_a: Tensor, normalization: Normalization | None) -> list[Tensor]:
+        """Tensors of the shapes and dtypes of ``saved``, for tracing."""
+        n, d = z_a.shape
+        c = z_a.new_empty(d, dtype=_compute_dtype(z_a))
+        if normalization is None:
+            return [c]
+        saved = [c, *(c.new_empty(2, 1, d) for _ in range(4))]
+        return [*saved, c.new_empty(2, n, d)] if n * d <= KEEP_ELEMENTS else saved
+
+    def slab(self, rows: slice, columns: slice) -> Tensor:  # [2, rows, columns]
+        """A slab of A_hat and B_hat."""
+        if len(self.stats) == 5:
+            return self.stats[4]  # small inputs are one slab
+        x = _stack(self.z_a, self.z_b, rows, columns)
+        if self.normalization is None:
+            return x
+        mean, shift, rstd = (_cut(stat, columns) for stat in self.stats[:3])
+        return torch.addcmul(shift, x.sub_(mean), rstd, out=x)
 
 
 def normalize(z_a: Tensor, z_b: Tensor, normalization: Normalization | None) -> Normalized:
@@ -59,55 +84,63 @@ def normalize(z_a: Tensor, z_b: Tensor, normalization: Normalization | None) -> 
     ``normalization=None`` takes the inputs as they are and computes only c.
     """
     n, d = z_a.shape
-    dtype = torch.promote_types(z_a.dtype, torch.float32)
-    c = torch.empty(d, dtype=dtype, device=z_a.device)
+    dtype = _compute_dtype(z_a)
     if normalization is None:
+        c = z_a.new_empty(d, dtype=dtype)
         for s in _slabs(d, n):
             c[s] = (z_a[:, s].to(dtype) * z_b[:, s]).mean(0)
-        return Normalized(z_a, z_b, None, c)
-    stats = torch.empty(2, 4, d, dtype=dtype, device=z_a.device)
+        return Normalized(z_a, z_b, None, c, ())
+    mean, shift, var = (z_a.new_empty(2, 1, d, dtype=dtype) for _ in range(3))
+    c = z_a.new_empty(d, dtype=dtype)
     for s in _slabs(d, n):
-        slab_stats = stats[:, :, s]
-        centred = []
-        for z, stat in zip((z_a, z_b), slab_stats, strict=True):
-            z = z[:, s].to(dtype)
-            mean = torch.mean(z, 0, out=stat[0])
-            x = z - mean
-            centred.append(x)
-            residual = torch.mean(x, 0, out=stat[1])
-            var = (x * x).mean(0).addcmul_(residual, residual, value=-1).clamp_min_(0)
-            stat[2] = normalization.rstd(var, n)
-            stat[3] = normalization.kappa(var, n)
-        (_, residual_a, rstd_a, _), (_, residual_b, rstd_b, _) = slab_stats
-        covariance = centred[0].mul_(centred[1]).mean(0).addcmul_(residual_a, residual_b, value=-1)
-        torch.mul(covariance, rstd_a * rstd_b, out=c[s])
-    return Normalized(z_a, z_b, stats, c)
+        x = _stack(z_a, z_b, _ALL, s)
+        x -= torch.mean(x, 1, keepdim=True, out=_cut(mean, s))
+        x -= torch.mean(x, 1, keepdim=True, out=_cut(shift, s))  # what rounding left of the mean
+        torch.mean(x.square(), 1, keepdim=True, out=_cut(var, s))
+        torch.mean(x[0] * x[1], 0, out=_cut(c, s))
+    rstd = normalization.rstd(var, n)
+    c *= rstd.prod(0)[0]
+    stats = (mean, shift.mul_(rstd).neg_(), rstd, var)
+    return Normalized(z_a, z_b, normalization, c, (*stats, x.mul_(rstd)) if n * d <= KEEP_ELEMENTS else stats)
 
 
 def gram(x: Normalized) -> tuple[Tensor, Tensor]:
-    """K_a / D and K_b / D stacked, (2, N, N), and the off-diagonal sum of C squared: 4 N^2 D FLOPs at most."""
+    """K_a / D and K_b / D stacked, (2, N, N), and the off-diagonal sum of C squared. 2 to 4 N^2 D FLOPs."""
     n, d = x.z_a.shape
+    if n < FEW_SAMPLES:
+        k = x.c.new_zeros(2, n, n, dtype=torch.float64)
+        for s in _slabs(d, n):
+            k += torch.bmm(x_hat := x.slab(_ALL, s).double(), x_hat.mT)
+        return _finish_gram(k, x)
+    if n * d <= KEEP_ELEMENTS:
+        return _finish_gram(torch.bmm(x_hat := x.slab(_ALL, _ALL), x_hat.mT), x)
     k = x.c.new_zeros(2, n, n)
     for s in _slabs(d, n):
-        for view in range(2):
-            x_hat = x.slab(view, slice(None), s)
+        for k_view, x_hat in zip(k, x.slab(_ALL, s), strict=True):
             for start in range(0, n, PANEL):  # rows of the lower triangle
                 stop = min(start + PANEL, n)
-                k[view, start:stop, :stop] += _matmul_t(x_hat[start:stop], x_hat[:stop], x.z_a.dtype)
-    k /= d
+                k_view[start:stop, :stop] += _matmul_t(x_hat[start:stop], x_hat[:stop], x.z_a.dtype)
     for start in range(PANEL, n, PANEL):  # mirror it
         stop = min(start + PANEL, n)
         k[:, :start, start:stop] = k[:, start:stop, :start].mT
-    inner = (k[0] * k[1]).sum(dtype=torch.float64) * (d / n) ** 2
-    return k, (inner - x.c.double().square().sum()).clamp_min_(0)
+    return _finish_gram(k, x)
+
+
+def _finish_gram(k: Tensor, x: Normalized) -> tuple[Tensor, Tensor]:
+    n, d = x.z_a.shape
+    k /= d
+    inner = k.prod(0).sum(dtype=torch.float64) * (d / n) ** 2
+    c = x.c.double()
+    return k.to(x.c.dtype), (inner - torch.dot(c, c)).clamp_min_(0)
 
 
 def correlate(x: Normalized) -> tuple[Tensor, Tensor]:
-    """C with its diagonal set to 0, (D, D), and the sum of its squares: 2 N D^2 FLOPs."""
+    """C with its diagonal set to 0, (D, D), and the sum of its squares. 2 N D^2 FLOPs."""
     n, d = x.z_a.shape
     c = x.c.new_zeros(d, d)
     for s in _slabs(n, d):
-        c += _matmul_t(x.slab(0, s, slice(None)).T, x.slab(1, s, slice(None)).T, x.z_a.dtype)
+        x_hat = x.slab(s, _ALL)
+        c += _matmul_t(x_hat[0].T, x_hat[1].T, x.z_a.dtype)
     c /= n
     c.fill_diagonal_(0)
     return c, torch.linalg.vecdot(c, c).sum(dtype=torch.float64)
@@ -121,53 +154,80 @@ def input_grad(
     w_off: Tensor,  # [] the gradient with respect to off_diag
     needs: tuple[bool, bool],  # which of the two gradients are wanted
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dL/dz_a and dL/dz_b. For view a (b: exchange a and b), with everything per feature in one number:
+    """dL/dz_a and dL/dz_b. For view a (b: exchange a and b), with one number per feature for all but A_hat, B_hat, P:
 
     grad_a = rstd_a * (alpha * P + d * B_hat - kappa_a * m * A_hat),   m = mean_n(A_hat * (alpha * P + d * B_hat))
     """
     n, features = x.z_a.shape
-    w_on, w_off = w_on.to(x.c.dtype), w_off.to(x.c.dtype)
-    alpha = 2 * w_off / n
-    d = (x.c - 1) * (2 * w_on / n)
-    if route == "gram":  # P contains C's diagonal
-        d = d - x.c * alpha
+    if product.device.type == "cpu":  # Python's numbers are faster; on a GPU reading them would stop the queue
+        w_on, w_off = w_on.item(), w_off.item()
+    alpha = w_off * (2 / n)
+    d = (x.c - 1) * (w_on * (2 / n))
+    if route == "gram":  # its P contains C's diagonal
+        d -= x.c * alpha
         alpha = alpha * (features / n)
-        blocks = [(slice(None), s) for s in _slabs(features, n)]
+        blocks = [(_ALL, s) for s in _slabs(features, n)]
     else:
-        r = (torch.linalg.vecdot(product, product), torch.linalg.vecdot(product, product, dim=0))  # mean_n(A_hat * P)
-        blocks = [(s, slice(None)) for s in _slabs(n, features)]
+        blocks = [(s, _ALL) for s in _slabs(n, features)]
     grads = [torch.empty_like(z) if need else None for z, need in zip((x.z_a, x.z_b), needs, strict=True)]
+    views = [view for view in range(2) if needs[view]]
+    if x.normalization is not None:  # grad = rstd_alpha * P + rstd_d * other + (own_0 + own_1 * mean_n(own * P)) * own
+        rstd, var = x.stats[2:4]
+        rstd_d = rstd * d
+        rstd_alpha = rstd * alpha
+        own_1 = rstd_alpha * -(kappa := x.normalization.kappa(var, n))
+        own_0 = (rstd_d * x.c).mul_(-kappa)
+        direct_in_slabs = route == "direct" and len(blocks) > 1
+        if direct_in_slabs:  # a slab of rows does not hold a feature's mean: sum_j C0_ij^2 is the same number
+            mean_p = [torch.linalg.vecdot(product, product, dim=1 - view) for view in range(2)]
     for rows, columns in blocks:
-        hats = x.slab(0, rows, columns), x.slab(1, rows, columns)
-        for view in range(2):
-            if grads[view] is None:
-                continue
-            own, other = hats[view], hats[1 - view]
+        x_hat = x.slab(rows, columns).unbind()
+        for view in views:
+            own, other = x_hat[view], x_hat[1 - view]
             if route == "gram":
                 p = _matmul_t(product[1 - view], own.T, x.z_a.dtype)
             else:
-                p = _matmul_t(other, product if view == 0 else product.T, x.z_a.dtype)
+                p = _matmul_t(other, product.T if view else product, x.z_a.dtype)
             grad = grads[view][rows, columns]
-            if x.stats is None:
-                grad.copy_(p.mul_(alpha).addcmul_(other, d[columns]))
+            if x.normalization is None:
+                grad.copy_(p.mul_(alpha).addcmul_(other, _cut(d, columns)))
                 continue
-            rstd, kappa = x.stats[view, 2:, columns].unbind()
-            mean_p = (own * p).mean(0) if route == "gram" else r[view]
-            m = mean_p * alpha + x.c[columns] * d[columns]
-            p.mul_(rstd * alpha).addcmul_(other, d[columns] * rstd).addcmul_(own, m * kappa * rstd, value=-1)
-            grad.copy_(p)
+            mean = mean_p[view] if direct_in_slabs else (own * p).mean(0)
+            own_factor = torch.addcmul(_cut(own_0[view], columns), _cut(own_1[view], columns), mean)
+            p.mul_(_cut(rstd_alpha[view], columns)).addcmul_(other, _cut(rstd_d[view], columns))
+            if grad.dtype == p.dtype:
+                torch.addcmul(p, own, own_factor, out=grad)
+            else:
+                grad.copy_(p.addcmul_(own, own_factor))
     return grads[0], grads[1]
+
+
+def _compute_dtype(z: Tensor) -> torch.dtype:
+    return torch.promote_types(z.dtype, torch.float32)
+
+
+def _stack(z_a: Tensor, z_b: Tensor, rows: slice, columns: slice) -> Tensor:  # [2, rows, columns]
+    """A slab of both views, copied, in the dtype that everything is computed in."""
+    return torch.stack((z_a[rows, columns], z_b[rows, columns])).to(_compute_dtype(z_a))
 
 
 def _slabs(length: int, other: int) -> Iterator[slice]:
     """Cut ``length`` columns (or rows) of ``other`` elements each into slabs."""
     step = max(MIN_SLAB, SLAB_ELEMENTS // other)
+    if length <= step:
+        yield _ALL
+        return
     for start in range(0, length, step):
-        yield slice(start, min(start + step, length))
+        yield slice(start, start + step)
+
+
+def _cut(per_feature: Tensor, columns: slice) -> Tensor:
+    """The part of a per-feature tensor that belongs to a slab."""
+    return per_feature if columns == _ALL else per_feature[..., columns]
 
 
 def _matmul_t(x: Tensor, y: Tensor, input_dtype: torch.dtype) -> Tensor:  # [M, K], [L, K] -> [M, L]
-    """x @ y.T by the library that multiplies fastest: on CUDA in the inputs' dtype with float32 sums."""
+    """x @ y.T by the library that multiplies fastest; on GPUs in the inputs' dtype with float32 sums."""
     if x.device.type == "cpu":
         large = 2 * x.shape[0] * x.shape[1] * y.shape[0] > ONEDNN_MIN_FLOPS
         if large and x.dtype == torch.float32 and _ONEDNN is not None:

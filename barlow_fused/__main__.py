@@ -1,0 +1,100 @@
+"""The command line: ``python -m barlow_fused plan | doctor | train``, also installed as ``barlow-fused``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from .version import __version__
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code (argparse exits by itself for ``--help`` and for wrong flags)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] == ["train"]:  # the trainer has its own flags, and its own --help
+        return _train(argv[1:])
+    arguments = _parser().parse_args(argv)
+    return arguments.run(arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="barlow-fused", description="The exact Barlow Twins loss for very wide projectors."
+    )
+    parser.add_argument("--version", action="version", version=f"barlow-fused {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    plan = commands.add_parser(
+        "plan",
+        help="which route and backend a shape takes, and what it costs",
+        description="Which route and backend a shape takes, and what it costs beside the usual implementation.",
+    )
+    plan.add_argument("--n", type=int, required=True, help="samples of the global batch")
+    plan.add_argument("--d", type=int, required=True, help="features")
+    plan.add_argument("--dtype", choices=DTYPES, default="float32", help="of the inputs (default: float32)")
+    plan.add_argument("--device", help="cpu, cuda, cuda:<index>, or a GPU to plan for: h200, h100, a100, b200")
+    plan.add_argument("--world-size", type=int, default=1, help="ranks that share the batch (default: 1)")
+    plan.add_argument("--route", default="auto", help="auto (default), gram or direct")
+    plan.add_argument("--backend", default="auto", help="auto (default), torch, triton, cuda or reference")
+    plan.add_argument("--json", action="store_true", help="print JSON; units are bytes, FLOPs and seconds")
+    plan.set_defaults(run=_plan)
+
+    doctor = commands.add_parser("doctor", help="what this machine can run", description="What this machine can run.")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(run=_doctor)
+
+    commands.add_parser("train", help="pretrain on images", add_help=False)  # for --help; main runs it
+    return parser
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from .plan import plan
+
+    try:
+        made = plan(
+            arguments.n,
+            arguments.d,
+            dtype=getattr(torch, arguments.dtype),
+            device=arguments.device,
+            world_size=arguments.world_size,
+            route=arguments.route,
+            backend=arguments.backend,
+        )
+    except (ValueError, RuntimeError) as error:
+        print(f"barlow-fused plan: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(made.to_dict(), indent=2) if arguments.json else made)
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from .doctor import format_report, report
+
+    found = report()
+    print(json.dumps(found, indent=2) if arguments.json else format_report(found))
+    return 0
+
+
+def _train(argv: list[str]) -> int:
+    try:
+        from .train import main as train
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] == "barlow_fused":
+            raise
+        print(
+            f"barlow-fused train needs the module {error.name!r}, which is not installed: "
+            "pip install 'barlow-fused[train]'",
+            file=sys.stderr,
+        )
+        return 1
+    return train(argv) or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

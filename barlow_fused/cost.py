@@ -1,0 +1,189 @@
+"""What a call costs on one device: FLOPs, bytes moved, peak memory, and the time below which it cannot go.
+
+One function an implementation, each a few formulas in N, D and the sizes of a number. They count
+
+* FLOPs of the matrix products, forward and backward, a symmetric product once;
+* bytes that travel from and to memory: each time an operator reads or writes an array, unless the array is so small
+  (``CACHED_BYTES``) that it stays in the caches;
+* memory at its peak, beyond what every implementation holds: the inputs and both gradients.
+
+tests/test_plan.py compares them with what PyTorch's operators allocate, read and write.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from .backends import torch_backend
+from .devices import Device
+
+CACHED_BYTES = 2**24  # caches hold a few arrays of this size: 32 MiB and more on server CPUs, 40 to 126 MB on the GPUs
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one implementation costs each rank, forward and backward."""
+
+    flops: int  # of the matrix products
+    bytes_moved: int  # from and to the device's memory
+    peak_memory: int  # bytes, less those of the inputs and of both gradients
+    floor: float  # seconds: max(bytes_moved / bandwidth, flops / matrix-product rate), without communication
+    all_to_all_bytes: int = 0  # sent by each rank
+    all_reduce_bytes: int = 0  # summed over the ranks
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A loss to compute: N samples over all ranks, D features, and where."""
+
+    n: int
+    d: int
+    dtype: torch.dtype  # of the inputs
+    device: Device
+    world_size: int
+    route: str
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What everything but half-precision matrix products is computed in."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """What this package multiplies: on CPUs halves are converted first."""
+        return self.compute_dtype if self.device.type == "cpu" else self.dtype
+
+    @property
+    def local_shape(self) -> tuple[int, int]:
+        """Samples and features that a rank works on: all samples of its features (Gram), or its samples (direct)."""
+        if self.route == "gram":
+            return self.n, -(-self.d // self.world_size)
+        return self.n // self.world_size, self.d
+
+    @property
+    def flops(self) -> int:
+        """Of the route's matrix products on each rank: 6 N^2 D (Gram) or 6 N D^2 (direct), divided by the ranks."""
+        return 6 * self.n * self.d * (self.n if self.route == "gram" else self.d) // self.world_size
+
+    @property
+    def lower_bound(self) -> float:
+        """Seconds that any implementation of the route needs: it reads the inputs twice and writes the gradients."""
+        bytes_moved = 6 * (self.n // self.world_size) * self.d * self.dtype.itemsize
+        return min(self.seconds(self.flops, bytes_moved, dtype) for dtype in {self.dtype, self.compute_dtype})
+
+    def seconds(self, flops: int, bytes_moved: int, product_dtype: torch.dtype) -> float:
+        """The roofline: whichever of memory and arithmetic takes longer."""
+        return max(bytes_moved / self.device.bandwidth, flops / self.device.product_rate(product_dtype))
+
+
+def torch_cost(p: Problem) -> Cost:
+    """The torch backend keeps nothing of N x D numbers, only the product and a few slabs (torch_backend.py)."""
+    n, d = p.local_shape
+    size, in_size = p.compute_dtype.itemsize, p.dtype.itemsize
+    columns = _Slabs.cut(d, n, size, in_size)  # of all samples
+    rows = _Slabs.cut(n, d, size, in_size)  # of all features
+    normalize = max(2 * columns.pair, columns.while_next_is_made)  # x and x^2
+    if p.route == "gram":
+        slabs = columns
+        product = 2 * n * n * size
+        inner = n * n * (size if size == 8 else size + 8)  # K_a * K_b, converted to float64 to be summed
+        forward = product + max(slabs.pair + inner, slabs.while_next_is_made)
+        backward = product
+        # Passes over K_a and K_b: zeroed, mirrored, divided, multiplied and summed in float64, 8; each slab adds to
+        # their lower triangles, and in the backward pass reads them.
+        product_passes = 8 + 2 * slabs.count
+    else:
+        slabs = rows
+        product = d * d * size
+        forward = product + max(slabs.pair + product, slabs.while_next_is_made)  # C and a slab's product
+        backward = 2 * product  # C and C^2
+        # Passes over C: zeroed, divided, squared and summed (again twice for the gradient's means), 12; each slab's
+        # product is written, read and added to C, and in the backward pass reads C for each view.
+        product_passes = 12 + 6 * slabs.count
+    # The gradient: a slab of both views, P and A_hat * P (Gram) or the other view's P (direct), each half as large.
+    gradient = product + max(2 * slabs.pair, slabs.while_next_is_made + slabs.pair // 2 * (slabs.count > 1))
+    if p.device.type == "cuda" and in_size < size:
+        gradient += product * in_size // size  # half-precision products copy their operands
+    before_gradients = max(normalize, forward) - 2 * n * d * in_size
+    peak = 20 * d * size + max(before_gradients, backward, gradient)  # 20: statistics and factors of each feature
+    communication = {}
+    if p.world_size > 1:
+        communication["all_reduce_bytes"] = product
+    if p.world_size > 1 and p.route == "gram":  # the shards of two views, and of their gradients
+        communication["all_to_all_bytes"] = 4 * n * d * in_size
+        peak += 4 * n * d * in_size
+    # normalize reads 2 N D, gram or correlate 2 N D, input_grad reads 2 N D and writes 2 N D.
+    bytes_moved = _traffic(n * d * in_size, 8, at_least=6) + _traffic(product, product_passes)
+    return _cost(p, p.flops, bytes_moved, peak, p.product_dtype, **communication)
+
+
+def reference_cost(p: Problem) -> Cost:
+    """reference.py: C by plain PyTorch, its gradient by autograd, everything in at least float32.
+
+    Passes over D x D arrays: C written 1, / N 2, diag_embed 1, subtract 3, square 2, sum 1; backward: square 2 + 2 + 2,
+    negate 2, diagonal 1, add 3, / N 2, two products 2. Together 26; over N x D arrays 72, and 6 to convert halves.
+    """
+    n, d, size = p.n // p.world_size, p.d, p.compute_dtype.itemsize
+    converted = p.dtype.itemsize < size
+    bytes_moved = _traffic(d * d * size, 26) + _traffic(n * d * size, 78 if converted else 72, at_least=6)
+    peak = max(4 * d * d + 2 * n * d, 6 * n * d) * size
+    if converted:  # the inputs' copies, and gradients that are half as large
+        peak += 2 * n * d * size + 2 * n * d * (size - p.dtype.itemsize)
+    return _cost(p, 6 * n * d * d, bytes_moved, peak, p.compute_dtype, **_all_reduce_of_c(p, size))
+
+
+def usual_cost(p: Problem) -> Cost:
+    """The usual implementation: the official code's recipe (facebookresearch/barlowtwins, main.py), in one dtype.
+
+        c = batch_norm(z_a).T @ batch_norm(z_b);  c.div_(n);  all_reduce(c)
+        on_diag = diagonal(c).add_(-1).pow_(2).sum();  off_diag = off_diagonal(c).pow_(2).sum()
+
+    Each operator reads its operands and writes its results once. Passes over D x D arrays, 32:
+    forward: product 1, div_ 2, off_diagonal's copy 2, pow_ 4 (it first saves what it overwrites), sum 1;
+    backward: pow 2 + 2 + 2, the two slices of off_diagonal 4, zeros for the diagonal 1, add 3, the two in-place edits
+    of the diagonal 2 + 2, div 2, two products 2. Over N x D arrays, 16: batch norm 4 and 6, products 2 and 4.
+
+    Its peak is in pow's backward: what it saved and three arrays of that size, beside both standardised views; where D
+    is small, in the product's backward: C's gradient, both standardised views and both of their gradients. The inputs'
+    gradients, which are taken off, do not exist yet.
+    """
+    n, d, size = p.n // p.world_size, p.d, p.dtype.itemsize
+    bytes_moved = _traffic(d * d * size, 32) + _traffic(n * d * size, 16, at_least=6)
+    peak = (max(4 * d * d + 2 * n * d, d * d + 4 * n * d) - 2 * n * d) * size
+    return _cost(p, 6 * n * d * d, bytes_moved, peak, p.dtype, **_all_reduce_of_c(p, size))
+
+
+COSTS = {"torch": torch_cost, "reference": reference_cost}  # of each backend
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slabs:
+    """The slabs that the torch backend cuts both views into."""
+
+    count: int
+    pair: int  # bytes of a slab of both views, in the compute dtype
+    while_next_is_made: int  # bytes of one pair and the next; halves are stacked first and converted then
+
+    @classmethod
+    def cut(cls, length: int, other: int, size: int, in_size: int) -> _Slabs:
+        slabs = list(torch_backend._slabs(length, other))
+        numbers = 2 * other * len(range(length)[slabs[0]])
+        stacked = numbers * in_size if in_size < size else 0
+        return cls(len(slabs), numbers * size, numbers * size * min(2, len(slabs)) + stacked)
+
+
+def _cost(
+    p: Problem, flops: int, bytes_moved: int, peak_memory: int, product_dtype: torch.dtype, **communication: int
+) -> Cost:
+    return Cost(flops, bytes_moved, peak_memory, p.seconds(flops, bytes_moved, product_dtype), **communication)
+
+
+def _traffic(array_bytes: int, passes: int, at_least: int = 0) -> int:
+    """Bytes that ``passes`` over an array move; of one that stays in the caches, the passes that nothing can avoid."""
+    return array_bytes * (passes if array_bytes > CACHED_BYTES else at_least)
+
+
+def _all_reduce_of_c(p: Problem, size: int) -> dict[str, int]:
+    return {"all_reduce_bytes": p.d * p.d * size} if p.world_size > 1 else {}

@@ -1,0 +1,167 @@
+"""``python -m barlow_fused doctor``: what this machine can run, and why it cannot run the rest."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import textwrap
+import warnings
+from pathlib import Path
+
+import torch
+
+from . import backends
+from .devices import cpu_model
+from .plan import choose_backend, choose_route, configured
+from .version import __version__
+
+LIBRARIES = ("torch", "triton", "numpy")
+EXTRAS = (
+    *("torchvision", "scikit-learn", "matplotlib", "rich", "tomli-w"),  # train and bench
+    *("lightly", "monai", "solo-learn", "stable-pretraining"),  # what barlow_fused.integrations knows
+)
+VARIABLES = (
+    *("BARLOW_FUSED_ROUTE", "BARLOW_FUSED_BACKEND", "BARLOW_FUSED_CUDA"),
+    *("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CUDACXX"),
+)
+
+
+def report() -> dict:
+    """Everything that :func:`format_report` prints, as plain values: strings, numbers, None for what is not there."""
+    with warnings.catch_warnings(record=True) as caught:  # PyTorch warns where a driver is there but cannot be used
+        warnings.simplefilter("always")
+        has_gpu = torch.cuda.is_available()
+    gpus = [_gpu(index) for index in range(torch.cuda.device_count())] if has_gpu else []
+    devices = [torch.device("cpu"), *(torch.device("cuda", gpu["index"]) for gpu in gpus)]
+    return {
+        "system": {
+            "barlow_fused": __version__,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "cpu": cpu_model(),
+            "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "cpu_instructions": torch.backends.cpu.get_cpu_capability(),
+            "torch_threads": torch.get_num_threads(),
+        },
+        "libraries": {name: _version(name) for name in LIBRARIES},
+        "extras": {name: _version(name) for name in EXTRAS},
+        "cuda": {
+            "runtime": torch.version.cuda,  # that PyTorch was built for
+            "driver": _driver_version(),
+            "nvcc": _nvcc(),
+            "warning": str(caught[0].message) if caught else None,
+        },
+        "gpus": gpus,
+        "backends": {str(device): _backends(device) for device in devices},
+        "settings": {
+            "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+            "configured": configured(),
+            "problem": _settings_problem(),
+        },
+    }
+
+
+def format_report(found: dict) -> str:
+    """The report as text for a terminal of 80 columns."""
+    system, cuda, settings = found["system"], found["cuda"], found["settings"]
+    lines = [
+        "system",
+        _line("barlow_fused", system["barlow_fused"]),
+        _line("Python", f"{system['python']} on {system['platform']}"),
+        _line(
+            "CPU",
+            f"{system['cpu']}, {system['cpu_cores']} cores, {system['torch_threads']} PyTorch threads, "
+            f"{system['cpu_instructions']}",
+        ),
+        *(_line(name, version or "not installed") for name, version in found["libraries"].items()),
+        "",
+        "CUDA",
+        _line("runtime", cuda["runtime"] or "none: this PyTorch is built without CUDA"),
+        _line("driver", cuda["driver"] or "not found"),
+        _line("nvcc", cuda["nvcc"] or "not found"),
+        *([_line("warning", cuda["warning"])] if cuda["warning"] else []),
+    ]
+    for gpu in found["gpus"]:
+        memory = f"{gpu['memory_bytes'] / 2**30:.0f} GiB"
+        lines.append(_line(f"GPU {gpu['index']}", f"{gpu['name']}, capability {gpu['capability']}, {memory}"))
+    if not found["gpus"]:
+        lines.append(_line("GPU", "none that PyTorch can use"))
+    for device, on_device in found["backends"].items():
+        lines += ["", f"backends on {device}", _line("auto", on_device["auto"])]
+        lines += [_line(name, reason or "usable") for name, reason in on_device["why_unusable"].items()]
+    lines += ["", "settings"]
+    lines += [_line(name, value, 24) for name, value in settings["environment"].items()]
+    lines += [_line(f"configure({name}=)", value, 24) for name, value in settings["configured"].items()]
+    if settings["problem"]:
+        lines.append(_line("problem", settings["problem"], 24))
+    if not settings["environment"] and not settings["configured"]:
+        lines.append("  none: route and backend are on 'auto'")
+    lines += ["", "optional libraries"]
+    lines += [_line(name, version or "not installed", 24) for name, version in found["extras"].items()]
+    return "\n".join(lines)
+
+
+def _line(title: str, text: str, width: int = 14) -> str:
+    return textwrap.fill(text, 80, initial_indent=f"  {title:<{width}}", subsequent_indent=" " * (width + 2))
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _gpu(index: int) -> dict:
+    properties = torch.cuda.get_device_properties(index)
+    capability = f"{properties.major}.{properties.minor}"
+    return {
+        "index": index,
+        "name": properties.name,
+        "capability": capability,
+        "memory_bytes": properties.total_memory,
+    }
+
+
+def _backends(device: torch.device) -> dict:
+    reasons = {name: backends.why_unusable(name, device) for name in backends.BACKENDS}
+    return {"auto": backends.fastest(device), "why_unusable": reasons}
+
+
+def _settings_problem() -> str | None:
+    """What is wrong with the route and the backend that are set, in one sentence."""
+    try:
+        choose_route("auto")
+        choose_backend("auto")
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _driver_version() -> str | None:
+    """Of the NVIDIA driver, by nvidia-smi."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return None
+    command = [smi, "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def _nvcc() -> str | None:
+    """The CUDA compiler, where the build looks for it: CUDACXX, CUDA_HOME, PATH, then the nvidia-cuda-nvcc wheel."""
+    candidates = [os.environ.get("CUDACXX")]
+    if "CUDA_HOME" in os.environ:
+        candidates.append(os.path.join(os.environ["CUDA_HOME"], "bin", "nvcc"))
+    candidates.append("nvcc")
+    wheels = importlib.util.find_spec("nvidia")
+    for folder in wheels.submodule_search_locations or () if wheels else ():
+        candidates += sorted(map(str, Path(folder).glob("*/bin/nvcc")))
+    return next((path for path in map(shutil.which, filter(None, candidates)) if path), None)

@@ -1,0 +1,128 @@
+"""The torch backend against the float64 oracle: every route, dtype and convention, over a grid of shapes."""
+
+import functools
+
+import pytest
+import torch
+from cases import NORMALIZATIONS, ROUTES, SHAPES, SMALL_SHAPES, Answer, answer, assert_close, error, oracle, views
+
+from barlow_fused import barlow_twins_loss
+from barlow_fused.backends import torch_backend
+
+
+def torch_loss(**kwargs):
+    return functools.partial(barlow_twins_loss, backend="torch", return_terms=True, **kwargs)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(("n", "d"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_accuracy_over_shapes(n, d, dtype, route):
+    if route == "gram" and 2 * n > d:
+        pytest.skip("Gram's difference loses digits there by design; test_gram_beyond_its_range has it in float64")
+    z_a, z_b = views(n, d, dtype)
+    assert_close(answer(torch_loss(route=route), z_a, z_b), z_a, z_b, NORMALIZATIONS["batch_norm"])
+
+
+@pytest.mark.parametrize(("n", "d"), [(n, d) for n, d in SHAPES if 2 * n > d])
+def test_gram_beyond_its_range(n, d):
+    """A forced Gram route is still the same number, up to the amplification 1/(1 - r) of its difference."""
+    z_a, z_b = views(n, d, torch.float64)
+    got, ref = answer(torch_loss(route="gram"), z_a, z_b), oracle(z_a, z_b)
+    assert error(got.loss, ref.loss, at_least=d) < 1e-10
+    if n > 3:
+        assert error(got.grad_a, ref.grad_a) < 1e-10
+        assert error(got.grad_b, ref.grad_b) < 1e-10
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("normalization", NORMALIZATIONS.values(), ids=NORMALIZATIONS.keys())
+@pytest.mark.parametrize(("n", "d"), [(17, 256), (64, 1000), (130, 300)])
+def test_accuracy_over_conventions(n, d, normalization, dtype, route):
+    z_a, z_b = views(n, d, dtype)
+    name = normalization if normalization is not None else "none"
+    loss = torch_loss(route=route, normalization=name, lambd=0.02, scale=0.3)
+    assert_close(answer(loss, z_a, z_b), z_a, z_b, normalization, lambd=0.02, scale=0.3)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("normalization", ["batch_norm", "std"])
+@pytest.mark.parametrize("ratio", [10.0, 1e3])
+def test_large_means_lose_nothing(ratio, normalization, route):
+    z_a, z_b = views(64, 1000)
+    z_a, z_b = z_a - z_a.mean(0) + ratio, z_b - z_b.mean(0) - ratio * torch.linspace(0.5, 1, 1000)
+    loss = torch_loss(route=route, normalization=normalization)
+    assert_close(answer(loss, z_a, z_b), z_a, z_b, NORMALIZATIONS[normalization])
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("normalization", ["batch_norm", "std"])
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1e3, 1e6])
+def test_input_scales(scale, normalization, route):
+    z_a, z_b = (z * scale for z in views(64, 1000))
+    loss = torch_loss(route=route, normalization=normalization)
+    assert_close(answer(loss, z_a, z_b), z_a, z_b, NORMALIZATIONS[normalization])
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("normalization", ["batch_norm", "std"])
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e4])
+def test_features_with_zero_variance(value, normalization, route):
+    z_a, z_b = views(64, 1000)
+    z_a[:, ::3], z_b[:, ::5] = value, value
+    got = answer(torch_loss(route=route, normalization=normalization), z_a, z_b)
+    assert all(t.isfinite().all() for t in got)
+    assert_close(got, z_a, z_b, NORMALIZATIONS[normalization])
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("normalization", ["batch_norm", "std", "none"])
+@pytest.mark.parametrize(("n", "d"), SMALL_SHAPES)
+def test_gradcheck(n, d, normalization, route):
+    if n == 2:
+        pytest.skip("with two samples the gradient is zero up to eps: nothing for finite differences to see")
+    z_a, z_b = (z[:6, :20].requires_grad_() for z in views(n, d, torch.float64))
+    loss = torch_loss(route=route, normalization=normalization, lambd=0.1)
+    assert torch.autograd.gradcheck(lambda a, b: tuple(loss(a, b)), (z_a, z_b), eps=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("n", "d"), [(300, 2500), (1500, 300), (2100, 1030)])
+def test_several_slabs_and_panels(n, d, dtype, route):
+    """Sizes that cut the inputs into several slabs, and K into several panels, none of them whole."""
+    assert n * d > torch_backend.KEEP_ELEMENTS
+    z_a, z_b = views(n, d, dtype)
+    got, ref = answer(torch_loss(route=route), z_a, z_b), oracle(z_a, z_b)
+    amplified = 1 + 1e3 * (route == "gram" and 2 * n > d)
+    assert error(got.loss, ref.loss) < 1e-6 * amplified
+    assert error(got.grad_a, ref.grad_a) < (2e-6 if dtype == torch.float32 else 5e-3) * amplified
+    assert error(got.grad_b, ref.grad_b) < (2e-6 if dtype == torch.float32 else 5e-3) * amplified
+
+
+@pytest.mark.parametrize("threshold", ["KEEP_ELEMENTS", "ONEDNN_MIN_FLOPS"])
+@pytest.mark.parametrize("value", [0, 1e18])
+def test_every_path_gives_the_same_loss(threshold, value, monkeypatch):
+    """Keeping the standardised features or not, oneDNN or not: the choice is about speed alone."""
+    monkeypatch.setattr(torch_backend, threshold, value)
+    z_a, z_b = views(64, 1000)
+    for route in ROUTES:
+        assert_close(answer(torch_loss(route=route), z_a, z_b), z_a, z_b, NORMALIZATIONS["batch_norm"])
+
+
+def test_without_onednn(monkeypatch):
+    monkeypatch.setattr(torch_backend, "_ONEDNN", None)
+    z_a, z_b = views(255, 1000)
+    assert_close(answer(torch_loss(), z_a, z_b), z_a, z_b, NORMALIZATIONS["batch_norm"])
+
+
+def test_a_wrong_gradient_is_seen():
+    """The comparison itself can fail: an answer that is off by 1e-5 is refused."""
+    z_a, z_b = views(64, 1000)
+    got = answer(torch_loss(), z_a, z_b)
+    for name in Answer._fields:
+        with pytest.raises(AssertionError, match=name):
+            assert_close(
+                got._replace(**{name: getattr(got, name) * (1 + 1e-5)}), z_a, z_b, NORMALIZATIONS["batch_norm"]
+            )
