@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .backends import Weights
 from .normalization import Normalization
 from .reference import BarlowTwinsTerms
 
@@ -32,8 +33,11 @@ class Spec(NamedTuple):
 
 def apply(z_a: Tensor, z_b: Tensor, spec: Spec) -> BarlowTwinsTerms:  # [N, D], [N, D]
     """The loss and its two terms, differentiable."""
-    function = _FunctionalTransformFunction if torch._C._are_functorch_transforms_active() else BarlowTwinsFunction
-    return BarlowTwinsTerms(*function.apply(z_a, z_b, spec)[:3])
+    if torch._C._are_functorch_transforms_active():
+        return BarlowTwinsTerms(*_FunctionalTransformFunction.apply(z_a, z_b, spec)[:3])
+    if torch.is_grad_enabled() and (z_a.requires_grad or z_b.requires_grad):
+        return BarlowTwinsTerms(*BarlowTwinsFunction.apply(z_a, z_b, spec))
+    return BarlowTwinsTerms(*_run_forward(z_a, z_b, spec, need_grad=False)[:3])
 
 
 class BarlowTwinsFunction(torch.autograd.Function):
@@ -41,30 +45,22 @@ class BarlowTwinsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z_a: Tensor, z_b: Tensor, spec: Spec) -> tuple[Tensor, ...]:
-        terms, saved = _terms_and_saved(z_a, z_b, spec)
+        *terms, saved = _run_forward(z_a, z_b, spec, need_grad=True)
         _save(ctx, z_a, z_b, saved, spec)
-        return terms
+        return tuple(terms)
 
     @staticmethod
     def backward(ctx, g_loss, g_on, g_off, *_):
-        z_a, z_b, *saved = ctx.saved_tensors
-        spec = ctx.spec
-        w_on, w_off = g_on, g_off  # the gradients with respect to the two sums; None means zero
-        if g_loss is not None:
-            w_on = g_loss * spec.scale if g_on is None else g_on + g_loss * spec.scale
-            w_off = g_loss * (spec.scale * spec.lambd) if g_off is None else g_off + g_loss * (spec.scale * spec.lambd)
-        elif w_on is None and w_off is None:
+        if g_loss is None and g_on is None and g_off is None:
             return None, None, None
-        elif w_on is None or w_off is None:
-            zero = torch.zeros_like(g_on if w_off is None else g_off)
-            w_on, w_off = (w_on, zero) if w_off is None else (zero, w_off)
+        z_a, z_b, *saved = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
         if torch.compiler.is_compiling():
-            grads = torch.ops.barlow_fused.backward(z_a, z_b, saved, w_on, w_off, *needs, *_flatten(spec))
+            grads = torch.ops.barlow_fused.backward(z_a, z_b, saved, g_loss, g_on, g_off, *needs, *_flatten(ctx.spec))
         elif torch.is_grad_enabled():  # create_graph=True, or torch.func
-            grads = _FirstDerivative.apply(z_a, z_b, w_on, w_off, needs, spec, *saved)
+            grads = _FirstDerivative.apply(z_a, z_b, g_loss, g_on, g_off, needs, ctx.spec, *saved)
         else:
-            grads = backward(z_a, z_b, saved, w_on, w_off, *needs, *_flatten(spec))
+            grads = backward(z_a, z_b, saved, g_loss, g_on, g_off, *needs, *_flatten(ctx.spec))
         return grads[0] if needs[0] else None, grads[1] if needs[1] else None, None
 
 
@@ -76,7 +72,7 @@ class _FunctionalTransformFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(z_a: Tensor, z_b: Tensor, spec: Spec) -> tuple[Tensor, ...]:
-        terms, saved = _terms_and_saved(z_a, z_b, spec)
+        *terms, saved = _run_forward(z_a, z_b, spec, need_grad=True)
         return *terms, *saved
 
     @staticmethod
@@ -87,17 +83,14 @@ class _FunctionalTransformFunction(torch.autograd.Function):
     backward = BarlowTwinsFunction.backward
 
 
-def _terms_and_saved(z_a: Tensor, z_b: Tensor, spec: Spec) -> tuple[tuple[Tensor, Tensor, Tensor], list[Tensor]]:
+def _run_forward(z_a: Tensor, z_b: Tensor, spec: Spec, need_grad: bool) -> tuple:
     run = torch.ops.barlow_fused.forward if torch.compiler.is_compiling() else forward
-    on_diag, off_diag, saved = run(z_a, z_b, *_flatten(spec))
-    loss = (on_diag + spec.lambd * off_diag) * spec.scale
-    dtype = torch.promote_types(z_a.dtype, torch.float32)
-    return (loss.to(dtype), on_diag.to(dtype), off_diag.to(dtype)), saved
+    return run(z_a, z_b, need_grad, *_flatten(spec))
 
 
 def _save(ctx, z_a: Tensor, z_b: Tensor, saved: list[Tensor], spec: Spec) -> None:
     ctx.save_for_backward(z_a, z_b, *saved)
-    ctx.set_materialize_grads(False)
+    ctx.set_materialize_grads(False)  # a term that is not used has the gradient None
     ctx.spec = spec
 
 
@@ -105,8 +98,8 @@ class _FirstDerivative(torch.autograd.Function):
     """The backward pass as a function of its own, so that differentiating it is an error, not a wrong number."""
 
     @staticmethod
-    def forward(z_a, z_b, w_on, w_off, needs, spec, *saved):
-        return backward(z_a, z_b, list(saved), w_on, w_off, *needs, *_flatten(spec))
+    def forward(z_a, z_b, g_loss, g_on, g_off, needs, spec, *saved):
+        return backward(z_a, z_b, list(saved), g_loss, g_on, g_off, *needs, *_flatten(spec))
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -120,21 +113,31 @@ class _FirstDerivative(torch.autograd.Function):
         )
 
 
-def _flatten(spec: Spec) -> tuple[str, str, int, float, str]:
-    """The part of a spec that the operators take, in types that an operator's schema has."""
+def _flatten(spec: Spec) -> tuple[str, str, float, float, int, float, str]:
+    """A spec as the operators take it, in types that an operator's schema has."""
     convention = spec.normalization
     if convention is None:
-        return spec.backend, spec.route, 0, 0.0, "none"
-    return spec.backend, spec.route, convention.correction, float(convention.eps), convention.eps_added_to
+        return spec.backend, spec.route, spec.lambd, spec.scale, 0, 0.0, "none"
+    return (
+        *(spec.backend, spec.route, spec.lambd, spec.scale),
+        *(convention.correction, float(convention.eps), convention.eps_added_to),
+    )
 
 
-_SPEC_SCHEMA = "str backend, str route, int correction, float eps, str eps_added_to"
+def _unflatten(
+    backend: str, route: str, lambd: float, scale: float, correction: int, eps: float, eps_added_to: str
+) -> Spec:
+    convention = None if eps_added_to == "none" else Normalization(correction, eps, eps_added_to)
+    return Spec(backend, route, convention, lambd, scale)
+
+
+_SPEC_SCHEMA = "str backend, str route, float lambd, float scale, int correction, float eps, str eps_added_to"
 
 
 @torch.library.custom_op(
     "barlow_fused::forward",
     mutates_args=(),
-    schema=f"(Tensor z_a, Tensor z_b, {_SPEC_SCHEMA}) -> (Tensor, Tensor, Tensor[])",
+    schema=f"(Tensor z_a, Tensor z_b, bool need_grad, {_SPEC_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor[])",
 )
 def _forward_op(*args):
     return forward(*args)
@@ -143,64 +146,56 @@ def _forward_op(*args):
 @torch.library.custom_op(
     "barlow_fused::backward",
     mutates_args=(),
-    schema="(Tensor z_a, Tensor z_b, Tensor[] saved, Tensor w_on, Tensor w_off, bool need_a, bool need_b, "
-    f"{_SPEC_SCHEMA}) -> (Tensor, Tensor)",
+    schema="(Tensor z_a, Tensor z_b, Tensor[] saved, Tensor? g_loss, Tensor? g_on, Tensor? g_off, bool need_a, "
+    f"bool need_b, {_SPEC_SCHEMA}) -> (Tensor, Tensor)",
 )
 def _backward_op(*args):
     return backward(*args)
 
 
 def forward(
-    z_a: Tensor, z_b: Tensor, backend: str, route: str, correction: int, eps: float, eps_added_to: str
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """on_diag and off_diag (float64 scalars), and what the backward pass needs: the product, the statistics."""
+    z_a: Tensor, z_b: Tensor, need_grad: bool, *spec: str | float
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """loss, on_diag, off_diag, and what the backward pass needs (nothing where no gradient is wanted)."""
+    backend, route, normalization, lambd, scale = _unflatten(*spec)
     ops = backends.load(backend)
     with _without_autocast(z_a.device.type):
-        x = ops.normalize(z_a, z_b, _unflatten(correction, eps, eps_added_to))
-        product, off_diag = ops.gram(x) if route == "gram" else ops.correlate(x)
-        error = x.c.double() - 1
-        on_diag = torch.dot(error, error)
-    return on_diag, off_diag, [product, *x.saved()]
+        x = ops.normalize(z_a, z_b, normalization)
+        terms, product = (ops.gram if route == "gram" else ops.correlate)(x, lambd, scale, need_grad)
+    return *terms, [product, *x.saved()] if need_grad else []
 
 
 @_forward_op.register_fake
-def _(z_a: Tensor, z_b: Tensor, backend: str, route: str, *convention: object):
-    n, d = z_a.shape
-    saved = backends.load(backend).Normalized.empty_saved(z_a, _unflatten(*convention))
-    product = saved[0].new_empty((2, n, n) if route == "gram" else (d, d))
-    return z_a.new_empty((), dtype=torch.float64), z_a.new_empty((), dtype=torch.float64), [product, *saved]
+def _(z_a: Tensor, z_b: Tensor, need_grad: bool, *spec: str | float):
+    backend, route, normalization, _, _ = _unflatten(*spec)
+    terms = (z_a.new_empty((), dtype=torch.promote_types(z_a.dtype, torch.float32)) for _ in range(3))
+    return *terms, backends.load(backend).empty_saved(z_a, route, normalization) if need_grad else []
 
 
 def backward(
     z_a: Tensor,
     z_b: Tensor,
     saved: list[Tensor],
-    w_on: Tensor,
-    w_off: Tensor,
+    g_loss: Tensor | None,
+    g_on: Tensor | None,
+    g_off: Tensor | None,
     need_a: bool,
     need_b: bool,
-    backend: str,
-    route: str,
-    *convention: object,
+    *spec: str | float,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of w_on * on_diag + w_off * off_diag; an empty tensor in place of one that is not needed."""
+    """The gradients with respect to z_a and z_b; an empty tensor in place of one that is not needed."""
+    backend, route, normalization, lambd, scale = _unflatten(*spec)
     ops = backends.load(backend)
-    product, *stats = saved
+    product, *rest = saved
     with _without_autocast(z_a.device.type):
-        x = ops.Normalized.from_saved(z_a, z_b, _unflatten(*convention), stats)
-        grads = ops.input_grad(x, product, route, w_on, w_off, (need_a, need_b))
+        x = ops.Normalized.from_saved(z_a, z_b, normalization, rest)
+        grads = ops.input_grad(x, product, route, Weights(g_loss, g_on, g_off, lambd, scale), (need_a, need_b))
     return tuple(z_a.new_empty(0) if grad is None else grad for grad in grads)
 
 
 @_backward_op.register_fake
-def _(
-    z_a: Tensor, z_b: Tensor, saved: list[Tensor], w_on: Tensor, w_off: Tensor, need_a: bool, need_b: bool, *_: object
-):
+def _(z_a: Tensor, z_b: Tensor, saved: list[Tensor], g_loss, g_on, g_off, need_a: bool, need_b: bool, *_):
     return tuple(torch.empty_like(z) if need else z.new_empty(0) for z, need in ((z_a, need_a), (z_b, need_b)))
-
-
-def _unflatten(correction: int, eps: float, eps_added_to: str) -> Normalization | None:
-    return None if eps_added_to == "none" else Normalization(correction, eps, eps_added_to)
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:

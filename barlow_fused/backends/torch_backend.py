@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 
 from ..normalization import Normalization
+from ..reference import BarlowTwinsTerms
+from . import Weights
 
 SLAB_ELEMENTS = 2**18  # a float32 slab of 1 MiB: a core's L2 cache
 MIN_SLAB = 1024  # rows or columns: enough for the matrix product to run at full rate
@@ -56,16 +58,6 @@ class Normalized:
     ) -> Normalized:
         """Build again what ``saved`` was taken from."""
         return cls(z_a, z_b, normalization, saved[0], tuple(saved[1:]))
-
-    @staticmethod
-    def empty_saved(z_a: Tensor, normalization: Normalization | None) -> list[Tensor]:
-        """Tensors of the shapes and dtypes of ``saved``, for tracing."""
-        n, d = z_a.shape
-        c = z_a.new_empty(d, dtype=_compute_dtype(z_a))
-        if normalization is None:
-            return [c]
-        saved = [c, *(c.new_empty(2, 1, d) for _ in range(4))]
-        return [*saved, c.new_empty(2, n, d)] if n * d <= KEEP_ELEMENTS else saved
 
     def slab(self, rows: slice, columns: slice) -> Tensor:  # [2, rows, columns]
         """A slab of A_hat and B_hat."""
@@ -104,16 +96,28 @@ def normalize(z_a: Tensor, z_b: Tensor, normalization: Normalization | None) -> 
     return Normalized(z_a, z_b, normalization, c, (*stats, x.mul_(rstd)) if n * d <= KEEP_ELEMENTS else stats)
 
 
-def gram(x: Normalized) -> tuple[Tensor, Tensor]:
-    """K_a / D and K_b / D stacked, (2, N, N), and the off-diagonal sum of C squared. 2 to 4 N^2 D FLOPs."""
+def empty_saved(z_a: Tensor, route: str, normalization: Normalization | None) -> list[Tensor]:
+    """Empty tensors of the shapes and dtypes of [product, *saved]."""
+    n, d = z_a.shape
+    c = z_a.new_empty(d, dtype=_compute_dtype(z_a))
+    saved = [c.new_empty((2, n, n) if route == "gram" else (d, d)), c]
+    if normalization is not None:
+        saved += [c.new_empty(2, 1, d) for _ in range(4)]
+        if n * d <= KEEP_ELEMENTS:
+            saved.append(c.new_empty(2, n, d))
+    return saved
+
+
+def gram(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[BarlowTwinsTerms, Tensor]:
+    """The terms, and K_a / D and K_b / D stacked, (2, N, N). 2 to 4 N^2 D FLOPs."""
     n, d = x.z_a.shape
     if n < FEW_SAMPLES:
         k = x.c.new_zeros(2, n, n, dtype=torch.float64)
         for s in _slabs(d, n):
             k += torch.bmm(x_hat := x.slab(_ALL, s).double(), x_hat.mT)
-        return _finish_gram(k, x)
+        return _gram_terms(x, k, lambd, scale)
     if n * d <= KEEP_ELEMENTS:
-        return _finish_gram(torch.bmm(x_hat := x.slab(_ALL, _ALL), x_hat.mT), x)
+        return _gram_terms(x, torch.bmm(x_hat := x.slab(_ALL, _ALL), x_hat.mT), lambd, scale)
     k = x.c.new_zeros(2, n, n)
     for s in _slabs(d, n):
         for k_view, x_hat in zip(k, x.slab(_ALL, s), strict=True):
@@ -123,19 +127,19 @@ def gram(x: Normalized) -> tuple[Tensor, Tensor]:
     for start in range(PANEL, n, PANEL):  # mirror it
         stop = min(start + PANEL, n)
         k[:, :start, start:stop] = k[:, start:stop, :start].mT
-    return _finish_gram(k, x)
+    return _gram_terms(x, k, lambd, scale)
 
 
-def _finish_gram(k: Tensor, x: Normalized) -> tuple[Tensor, Tensor]:
+def _gram_terms(x: Normalized, k: Tensor, lambd: float, scale: float) -> tuple[BarlowTwinsTerms, Tensor]:
     n, d = x.z_a.shape
     k /= d
     inner = k.prod(0).sum(dtype=torch.float64) * (d / n) ** 2
     c = x.c.double()
-    return k.to(x.c.dtype), (inner - torch.dot(c, c)).clamp_min_(0)
+    return _terms(x, (inner - torch.dot(c, c)).clamp_min_(0), lambd, scale), k.to(x.c.dtype)
 
 
-def correlate(x: Normalized) -> tuple[Tensor, Tensor]:
-    """C with its diagonal set to 0, (D, D), and the sum of its squares. 2 N D^2 FLOPs."""
+def correlate(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[BarlowTwinsTerms, Tensor]:
+    """The terms, and C with its diagonal set to 0, (D, D). 2 N D^2 FLOPs."""
     n, d = x.z_a.shape
     c = x.c.new_zeros(d, d)
     for s in _slabs(n, d):
@@ -143,15 +147,22 @@ def correlate(x: Normalized) -> tuple[Tensor, Tensor]:
         c += _matmul_t(x_hat[0].T, x_hat[1].T, x.z_a.dtype)
     c /= n
     c.fill_diagonal_(0)
-    return c, torch.linalg.vecdot(c, c).sum(dtype=torch.float64)
+    return _terms(x, torch.linalg.vecdot(c, c).sum(dtype=torch.float64), lambd, scale), c
+
+
+def _terms(x: Normalized, off_diag: Tensor, lambd: float, scale: float) -> BarlowTwinsTerms:
+    """From float64 sums to scalars in the dtype that everything is computed in."""
+    error = x.c.double() - 1
+    on_diag = torch.dot(error, error)
+    loss = (on_diag + lambd * off_diag) * scale
+    return BarlowTwinsTerms(loss.to(x.c.dtype), on_diag.to(x.c.dtype), off_diag.to(x.c.dtype))
 
 
 def input_grad(
     x: Normalized,
     product: Tensor,  # what gram or correlate returned
     route: str,
-    w_on: Tensor,  # [] the gradient with respect to on_diag
-    w_off: Tensor,  # [] the gradient with respect to off_diag
+    weights: Weights,
     needs: tuple[bool, bool],  # which of the two gradients are wanted
 ) -> tuple[Tensor | None, Tensor | None]:
     """dL/dz_a and dL/dz_b. For view a (b: exchange a and b), with one number per feature for all but A_hat, B_hat, P:
@@ -159,8 +170,7 @@ def input_grad(
     grad_a = rstd_a * (alpha * P + d * B_hat - kappa_a * m * A_hat),   m = mean_n(A_hat * (alpha * P + d * B_hat))
     """
     n, features = x.z_a.shape
-    if product.device.type == "cpu":  # Python's numbers are faster; on a GPU reading them would stop the queue
-        w_on, w_off = w_on.item(), w_off.item()
+    w_on, w_off = _weights_of_sums(weights)
     alpha = w_off * (2 / n)
     d = (x.c - 1) * (w_on * (2 / n))
     if route == "gram":  # its P contains C's diagonal
@@ -200,6 +210,16 @@ def input_grad(
             else:
                 grad.copy_(p.addcmul_(own, own_factor))
     return grads[0], grads[1]
+
+
+def _weights_of_sums(weights: Weights) -> tuple[Tensor | float, Tensor | float]:
+    """The gradients with respect to the two sums, on_diag and off_diag."""
+    g_loss, g_on, g_off = (
+        # Python's numbers are faster; on a GPU, reading them would stop the queue
+        0.0 if g is None else g.item() if g.device.type == "cpu" else g
+        for g in weights[:3]
+    )
+    return g_on + g_loss * weights.scale, g_off + g_loss * (weights.scale * weights.lambd)
 
 
 def _compute_dtype(z: Tensor) -> torch.dtype:
