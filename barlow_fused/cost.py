@@ -13,6 +13,7 @@ tests/test_plan.py compares them with what PyTorch's operators allocate, read an
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import torch
 
@@ -168,10 +169,10 @@ class _Slabs:
 
     @classmethod
     def cut(cls, length: int, other: int, size: int, in_size: int) -> _Slabs:
-        slabs = list(torch_backend._slabs(length, other))
-        numbers = 2 * other * len(range(length)[slabs[0]])
-        stacked = numbers * in_size if in_size < size else 0
-        return cls(len(slabs), numbers * size, numbers * size * min(2, len(slabs)) + stacked)
+        sizes = [2 * other * len(range(length)[slab]) * size for slab in torch_backend._slabs(length, other)]
+        stacked = in_size / size if in_size < size else 0
+        changes = [pair + (1 + stacked) * next_pair for pair, next_pair in itertools.pairwise([0, *sizes])]
+        return cls(len(sizes), sizes[0], int(max(changes)))
 
 
 def _cost(

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .backends import Weights
 from .normalization import Normalization
 from .reference import BarlowTwinsTerms
 
@@ -60,7 +59,7 @@ class BarlowTwinsFunction(torch.autograd.Function):
         elif torch.is_grad_enabled():  # create_graph=True, or torch.func
             grads = _FirstDerivative.apply(z_a, z_b, g_loss, g_on, g_off, needs, ctx.spec, *saved)
         else:
-            grads = backward(z_a, z_b, saved, g_loss, g_on, g_off, *needs, *_flatten(ctx.spec))
+            grads = backward(z_a, z_b, saved, g_loss, g_on, g_off, *needs, ctx.spec)
         return grads[0] if needs[0] else None, grads[1] if needs[1] else None, None
 
 
@@ -84,8 +83,9 @@ class _FunctionalTransformFunction(torch.autograd.Function):
 
 
 def _run_forward(z_a: Tensor, z_b: Tensor, spec: Spec, need_grad: bool) -> tuple:
-    run = torch.ops.barlow_fused.forward if torch.compiler.is_compiling() else forward
-    return run(z_a, z_b, need_grad, *_flatten(spec))
+    if torch.compiler.is_compiling():
+        return torch.ops.barlow_fused.forward(z_a, z_b, need_grad, *_flatten(spec))
+    return forward(z_a, z_b, need_grad, spec)
 
 
 def _save(ctx, z_a: Tensor, z_b: Tensor, saved: list[Tensor], spec: Spec) -> None:
@@ -99,7 +99,7 @@ class _FirstDerivative(torch.autograd.Function):
 
     @staticmethod
     def forward(z_a, z_b, g_loss, g_on, g_off, needs, spec, *saved):
-        return backward(z_a, z_b, list(saved), g_loss, g_on, g_off, *needs, *_flatten(spec))
+        return backward(z_a, z_b, list(saved), g_loss, g_on, g_off, *needs, spec)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -139,8 +139,8 @@ _SPEC_SCHEMA = "str backend, str route, float lambd, float scale, int correction
     mutates_args=(),
     schema=f"(Tensor z_a, Tensor z_b, bool need_grad, {_SPEC_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor[])",
 )
-def _forward_op(*args):
-    return forward(*args)
+def _forward_op(z_a, z_b, need_grad, *spec):
+    return forward(z_a, z_b, need_grad, _unflatten(*spec))
 
 
 @torch.library.custom_op(
@@ -149,19 +149,18 @@ def _forward_op(*args):
     schema="(Tensor z_a, Tensor z_b, Tensor[] saved, Tensor? g_loss, Tensor? g_on, Tensor? g_off, bool need_a, "
     f"bool need_b, {_SPEC_SCHEMA}) -> (Tensor, Tensor)",
 )
-def _backward_op(*args):
-    return backward(*args)
+def _backward_op(z_a, z_b, saved, g_loss, g_on, g_off, need_a, need_b, *spec):
+    grads = backward(z_a, z_b, saved, g_loss, g_on, g_off, need_a, need_b, _unflatten(*spec))
+    return tuple(z_a.new_empty(0) if grad is None else grad for grad in grads)  # an operator cannot return None
 
 
-def forward(
-    z_a: Tensor, z_b: Tensor, need_grad: bool, *spec: str | float
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+def forward(z_a: Tensor, z_b: Tensor, need_grad: bool, spec: Spec) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """loss, on_diag, off_diag, and what the backward pass needs (nothing where no gradient is wanted)."""
-    backend, route, normalization, lambd, scale = _unflatten(*spec)
-    ops = backends.load(backend)
+    ops = backends.load(spec.backend)
     with _without_autocast(z_a.device.type):
-        x = ops.normalize(z_a, z_b, normalization)
-        terms, product = (ops.gram if route == "gram" else ops.correlate)(x, lambd, scale, need_grad)
+        x = ops.normalize(z_a, z_b, spec.normalization)
+        reduce = ops.gram if spec.route == "gram" else ops.correlate
+        terms, product = reduce(x, spec.lambd, spec.scale, need_grad)
     return *terms, [product, *x.saved()] if need_grad else []
 
 
@@ -181,16 +180,15 @@ def backward(
     g_off: Tensor | None,
     need_a: bool,
     need_b: bool,
-    *spec: str | float,
-) -> tuple[Tensor, Tensor]:
-    """The gradients with respect to z_a and z_b; an empty tensor in place of one that is not needed."""
-    backend, route, normalization, lambd, scale = _unflatten(*spec)
-    ops = backends.load(backend)
+    spec: Spec,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients with respect to z_a and z_b; None in place of one that is not needed."""
+    ops = backends.load(spec.backend)
     product, *rest = saved
     with _without_autocast(z_a.device.type):
-        x = ops.Normalized.from_saved(z_a, z_b, normalization, rest)
-        grads = ops.input_grad(x, product, route, Weights(g_loss, g_on, g_off, lambd, scale), (need_a, need_b))
-    return tuple(z_a.new_empty(0) if grad is None else grad for grad in grads)
+        x = ops.Normalized.from_saved(z_a, z_b, spec.normalization, rest)
+        weights = backends.Weights(g_loss, g_on, g_off, spec.lambd, spec.scale)
+        return ops.input_grad(x, product, spec.route, weights, (need_a, need_b))
 
 
 @_backward_op.register_fake

@@ -68,6 +68,10 @@ class Normalization:
         std = (var * unbias).sqrt()
         return torch.where(std > 0, unbias * (std + self.eps) / std, torch.zeros_like(std))
 
+    def remainder(self, rstd: Tensor) -> Tensor:  # [D] -> [D]
+        """1 - kappa * mean_n(z_hat^2): how much of a gradient along z_hat itself passes through the normalisation."""
+        return self.eps * rstd * rstd if self.eps_added_to == "variance" else self.eps * rstd
+
 
 CONVENTIONS: dict[str, Normalization | None] = {
     "batch_norm": Normalization(correction=0, eps=1e-5, eps_added_to="variance"),

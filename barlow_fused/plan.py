@@ -98,8 +98,8 @@ class Plan:
         device: the device's name.
         route, backend: those that the call takes.
         why: one sentence on why it takes this route.
-        fused: what this package costs: ``flops``, ``bytes_moved``, ``peak_memory`` (bytes, less those of the inputs
-            and of both gradients), ``floor`` (seconds), and with several ranks ``all_to_all_bytes`` and ``all_reduce_bytes``.
+        fused: what this package costs: ``flops``, ``bytes_moved``, ``peak_memory`` (bytes, less those of the inputs and
+            of both gradients), ``floor`` (seconds), and with several ranks ``all_to_all_bytes``, ``all_reduce_bytes``.
         usual: the same for the usual implementation, the official code's recipe.
         lower_bound: seconds that any implementation of the route needs on this device: its FLOPs at the device's
             matrix-product rate, or 6 N D numbers moved (inputs read twice, gradients written).
@@ -148,7 +148,7 @@ class Plan:
             [
                 *lines,
                 "",
-                _wrap("peak memory", "at its peak, beyond inputs and gradients"),
+                _wrap("peak memory", "beyond inputs and gradients"),
                 _wrap("floor", f"{floor}; {_quantity(self.lower_bound, 's')} for any implementation of this route"),
             ]
         )

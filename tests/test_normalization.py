@@ -20,6 +20,7 @@ def test_closed_form_of_the_gradient(normalization):
     var = z.detach().var(0, correction=0)
     rstd, kappa, z_hat = normalization.rstd(var, 9), normalization.kappa(var, 9), z_hat.detach()
     assert error(z_hat, (z - z.mean(0)).detach() * rstd) < 1e-14
+    assert error(normalization.remainder(rstd), 1 - kappa * z_hat.square().mean(0)) < 1e-9
     assert error(rstd * (g - g.mean(0) - z_hat * kappa * (g * z_hat).mean(0)), expected) < 1e-13
 
 

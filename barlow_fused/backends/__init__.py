@@ -18,7 +18,10 @@ not among them: it is plain differentiable PyTorch (``reference.py``), and takes
 
 from __future__ import annotations
 
+import functools
 import importlib
+import importlib.util
+import os
 from types import ModuleType
 from typing import NamedTuple
 
@@ -38,19 +41,41 @@ class Weights(NamedTuple):
     scale: float
 
 
+@functools.cache
 def load(name: str) -> ModuleType:
     """The module that implements the four operations."""
     return importlib.import_module(f".{name}_backend", __package__)
 
 
-def why_unusable(name: str, device: torch.device) -> str | None:
-    """One sentence on why backend ``name`` cannot run on ``device``; None when it can."""
+def why_unusable(name: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
+    """One sentence on why backend ``name`` cannot run on ``device``, with inputs of ``dtype``; None when it can."""
     if name in ("torch", "reference"):
         return None
-    # The CUDA and Triton kernels are not part of this version.
-    return f"backend={name!r} cannot run on {device}: this version of barlow_fused has no {name} kernels yet"
+    if name == "triton":
+        if dtype == torch.float64:
+            return "backend='triton' cannot take torch.float64: it takes float32, bfloat16 and float16"
+        reason = _why_no_triton(device)
+    else:
+        reason = f"this version of barlow_fused has no {name} kernels yet"
+    return reason and f"backend={name!r} cannot run on {device}: {reason}"
 
 
-def fastest(device: torch.device) -> str:
-    """The backend that ``"auto"`` takes on ``device``."""
-    return next(name for name in ("cuda", "triton", "torch") if why_unusable(name, device) is None)
+@functools.cache
+def _why_no_triton(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y"):
+        return None  # Triton's interpreter runs anywhere, slowly
+    if device.type != "cuda":
+        return f"it needs a CUDA GPU; tensors are on {device.type}"
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return "it needs a CUDA GPU, and PyTorch sees none here"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"it needs compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}"
+    return None
+
+
+def fastest(device: torch.device, dtype: torch.dtype | None = None) -> str:
+    """The backend that ``"auto"`` takes on ``device``, with inputs of ``dtype``."""
+    return next(name for name in ("cuda", "triton", "torch") if why_unusable(name, device, dtype) is None)

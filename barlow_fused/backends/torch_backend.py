@@ -30,9 +30,10 @@ from . import Weights
 SLAB_ELEMENTS = 2**18  # a float32 slab of 1 MiB: a core's L2 cache
 MIN_SLAB = 1024  # rows or columns: enough for the matrix product to run at full rate
 KEEP_ELEMENTS = 2**17  # inputs up to this size keep their standardised features: there, calls cost more than bytes
-FEW_SAMPLES = 16  # below this K's sums, long and of like terms, are kept in float64: the products cost nothing
+FEW_SAMPLES = 128  # below this the sums over slabs of K, which is small then, are kept in float64
+BULK_RATIO = 32  # D / N from which K's bulk is taken out (``_bulk``)
 PANEL = 256  # rows of the lower-triangle panels of a symmetric product
-ONEDNN_MIN_FLOPS = 8e6  # below this, oneDNN's 20 us of set-up cost more than it saves
+ONEDNN_MIN_FLOPS = 1e7  # below this, oneDNN's 20 us of set-up cost more than it saves
 
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 _ALL = slice(None)
@@ -109,53 +110,79 @@ def empty_saved(z_a: Tensor, route: str, normalization: Normalization | None) ->
 
 
 def gram(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[BarlowTwinsTerms, Tensor]:
-    """The terms, and K_a / D and K_b / D stacked, (2, N, N). 2 to 4 N^2 D FLOPs."""
+    """The terms, and K_a / D and K_b / D less the part that ``_bulk`` names, stacked, (2, N, N). 2 to 4 N^2 D FLOPs."""
     n, d = x.z_a.shape
-    if n < FEW_SAMPLES:
-        k = x.c.new_zeros(2, n, n, dtype=torch.float64)
-        for s in _slabs(d, n):
-            k += torch.bmm(x_hat := x.slab(_ALL, s).double(), x_hat.mT)
-        return _gram_terms(x, k, lambd, scale)
-    if n * d <= KEEP_ELEMENTS:
-        return _gram_terms(x, torch.bmm(x_hat := x.slab(_ALL, _ALL), x_hat.mT), lambd, scale)
-    k = x.c.new_zeros(2, n, n)
+    bulk = _bulk(x)
+    if n * d <= KEEP_ELEMENTS and not bulk:
+        x_hat = x.slab(_ALL, _ALL)
+        k = torch.bmm(x_hat, x_hat.mT)
+        return _terms(x, _scalar(k.prod(0).sum(dtype=torch.float64)) / n**2, lambd, scale), k.div_(d)
+    k = x.c.new_zeros(2, n, n, dtype=torch.float64 if n < FEW_SAMPLES else x.c.dtype)
+    diagonal = k.diagonal(dim1=1, dim2=2)  # (2, N)
+    tau = iter(bulk)
     for s in _slabs(d, n):
-        for k_view, x_hat in zip(k, x.slab(_ALL, s), strict=True):
-            for start in range(0, n, PANEL):  # rows of the lower triangle
-                stop = min(start + PANEL, n)
-                k_view[start:stop, :stop] += _matmul_t(x_hat[start:stop], x_hat[:stop], x.z_a.dtype)
+        for x_hat in x.slab(_ALL, s).split(MIN_SLAB if bulk else d, dim=2):
+            if 2 * n * n * x_hat.shape[2] <= ONEDNN_MIN_FLOPS:
+                k += torch.bmm(x_hat, x_hat.mT)
+            else:
+                for k_view, x_view in zip(k, x_hat, strict=True):
+                    for start in range(0, n, PANEL):  # rows of the lower triangle
+                        stop = min(start + PANEL, n)
+                        k_view[start:stop, :stop] += _matmul_t(x_view[start:stop], x_view[:stop], x.z_a.dtype)
+            if bulk:
+                diagonal -= next(tau)
     for start in range(PANEL, n, PANEL):  # mirror it
         stop = min(start + PANEL, n)
         k[:, :start, start:stop] = k[:, start:stop, :start].mT
-    return _gram_terms(x, k, lambd, scale)
+    inner = sum((k[0, r] * k[1, r]).sum(dtype=torch.float64) for r in _slabs(n, n))
+    if bulk:  # <K_a, K_b>, from K - tau I
+        tau = torch.stack(bulk).sum(0, dtype=torch.float64)[:, 0]  # (2,)
+        inner = inner + torch.dot(diagonal.sum(1, dtype=torch.float64), tau.flip(0)) + n * tau.prod()
+        k += (tau / n).to(k.dtype)[:, None, None]
+    return _terms(x, _scalar(inner) / n**2, lambd, scale), k.div_(d).to(x.c.dtype)
 
 
-def _gram_terms(x: Normalized, k: Tensor, lambd: float, scale: float) -> tuple[BarlowTwinsTerms, Tensor]:
+def _bulk(x: Normalized) -> list[Tensor]:
+    """Where D is much larger than N: tau, how much K has of I - 1 1^T / N; (2, 1) for each MIN_SLAB features of a slab.
+
+    Random directions in D dimensions are orthogonal, so K is close to D (I - 1 1^T / N), and K A_hat to D A_hat, which
+    the normalisation's gradient removes. float32 would round the little that remains of it to the precision of what is
+    removed (gradient error 7e-6 at N=32 D=65536). So this part is taken out of K while it is summed, and what the
+    normalisation leaves of it is added to the gradient in closed form.
+    """
     n, d = x.z_a.shape
-    k /= d
-    inner = k.prod(0).sum(dtype=torch.float64) * (d / n) ** 2
-    c = x.c.double()
-    return _terms(x, (inner - torch.dot(c, c)).clamp_min_(0), lambd, scale), k.to(x.c.dtype)
+    if x.normalization is None or d < BULK_RATIO * n:
+        return []
+    _, _, rstd, var = x.stats[:4]
+    power = (var * rstd * rstd).mul_(n / (n - 1))
+    return [part.sum(2) for s in _slabs(d, n) for part in _cut(power, s).split(MIN_SLAB, dim=2)]
 
 
 def correlate(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[BarlowTwinsTerms, Tensor]:
     """The terms, and C with its diagonal set to 0, (D, D). 2 N D^2 FLOPs."""
     n, d = x.z_a.shape
-    c = x.c.new_zeros(d, d)
+    c = None
     for s in _slabs(n, d):
         x_hat = x.slab(s, _ALL)
-        c += _matmul_t(x_hat[0].T, x_hat[1].T, x.z_a.dtype)
+        part = _matmul_t(x_hat[0].T, x_hat[1].T, x.z_a.dtype)
+        c = part if c is None else c.add_(part)
     c /= n
     c.fill_diagonal_(0)
-    return _terms(x, torch.linalg.vecdot(c, c).sum(dtype=torch.float64), lambd, scale), c
+    off_diag = torch.linalg.vecdot(c, c).sum(dtype=torch.float64)
+    return _terms(x, None, lambd, scale, off_diag=_scalar(off_diag)), c
 
 
-def _terms(x: Normalized, off_diag: Tensor, lambd: float, scale: float) -> BarlowTwinsTerms:
-    """From float64 sums to scalars in the dtype that everything is computed in."""
-    error = x.c.double() - 1
-    on_diag = torch.dot(error, error)
-    loss = (on_diag + lambd * off_diag) * scale
-    return BarlowTwinsTerms(loss.to(x.c.dtype), on_diag.to(x.c.dtype), off_diag.to(x.c.dtype))
+def _terms(
+    x: Normalized, c_norm: Tensor | float | None, lambd: float, scale: float, off_diag: Tensor | float = 0.0
+) -> BarlowTwinsTerms:
+    """The terms, from ||C||^2 or from its off-diagonal part alone; in float64 up to here."""
+    c = x.c.double()
+    if c_norm is not None:
+        off_diag = c_norm - _scalar(torch.dot(c, c))
+        off_diag = off_diag.clamp_min(0) if isinstance(off_diag, Tensor) else max(off_diag, 0.0)
+    on_diag = _scalar(torch.dot(error := c - 1, error))
+    values = (scale * (on_diag + lambd * off_diag), on_diag, off_diag)
+    return BarlowTwinsTerms(*(torch.as_tensor(value, dtype=x.c.dtype, device=c.device) for value in values))
 
 
 def input_grad(
@@ -172,7 +199,7 @@ def input_grad(
     n, features = x.z_a.shape
     w_on, w_off = _weights_of_sums(weights)
     alpha = w_off * (2 / n)
-    d = (x.c - 1) * (w_on * (2 / n))
+    d = (x.c - 1).mul_(w_on * (2 / n))
     if route == "gram":  # its P contains C's diagonal
         d -= x.c * alpha
         alpha = alpha * (features / n)
@@ -187,8 +214,12 @@ def input_grad(
         rstd_alpha = rstd * alpha
         own_1 = rstd_alpha * -(kappa := x.normalization.kappa(var, n))
         own_0 = (rstd_d * x.c).mul_(-kappa)
-        direct_in_slabs = route == "direct" and len(blocks) > 1
-        if direct_in_slabs:  # a slab of rows does not hold a feature's mean: sum_j C0_ij^2 is the same number
+        if route == "gram" and (bulk := _bulk(x)):
+            tau = torch.stack(bulk).sum(0, dtype=torch.float64).to(rstd.dtype).flip(0)[..., None] / features
+            own_0 += rstd_alpha * tau * x.normalization.remainder(rstd)
+        # a feature's mean_n(A_hat * P) is sum_j C0_ij^2, too; with D larger than N that is the less exact of the two
+        mean_from_c = route == "direct" and (features <= n or len(blocks) > 1)
+        if mean_from_c:
             mean_p = [torch.linalg.vecdot(product, product, dim=1 - view) for view in range(2)]
     for rows, columns in blocks:
         x_hat = x.slab(rows, columns).unbind()
@@ -198,11 +229,11 @@ def input_grad(
                 p = _matmul_t(product[1 - view], own.T, x.z_a.dtype)
             else:
                 p = _matmul_t(other, product.T if view else product, x.z_a.dtype)
-            grad = grads[view][rows, columns]
+            grad = grads[view] if len(blocks) == 1 else grads[view][rows, columns]
             if x.normalization is None:
                 grad.copy_(p.mul_(alpha).addcmul_(other, _cut(d, columns)))
                 continue
-            mean = mean_p[view] if direct_in_slabs else (own * p).mean(0)
+            mean = mean_p[view] if mean_from_c else (own * p).mean(0)
             own_factor = torch.addcmul(_cut(own_0[view], columns), _cut(own_1[view], columns), mean)
             p.mul_(_cut(rstd_alpha[view], columns)).addcmul_(other, _cut(rstd_d[view], columns))
             if grad.dtype == p.dtype:
@@ -214,12 +245,13 @@ def input_grad(
 
 def _weights_of_sums(weights: Weights) -> tuple[Tensor | float, Tensor | float]:
     """The gradients with respect to the two sums, on_diag and off_diag."""
-    g_loss, g_on, g_off = (
-        # Python's numbers are faster; on a GPU, reading them would stop the queue
-        0.0 if g is None else g.item() if g.device.type == "cpu" else g
-        for g in weights[:3]
-    )
+    g_loss, g_on, g_off = (0.0 if g is None else _scalar(g) for g in weights[:3])
     return g_on + g_loss * weights.scale, g_off + g_loss * (weights.scale * weights.lambd)
+
+
+def _scalar(x: Tensor) -> Tensor | float:
+    """Its value: Python's numbers are faster than 0-d tensors; on a GPU, where reading it would stop the queue, itself."""
+    return x.item() if x.device.type == "cpu" else x
 
 
 def _compute_dtype(z: Tensor) -> torch.dtype:
@@ -228,7 +260,9 @@ def _compute_dtype(z: Tensor) -> torch.dtype:
 
 def _stack(z_a: Tensor, z_b: Tensor, rows: slice, columns: slice) -> Tensor:  # [2, rows, columns]
     """A slab of both views, copied, in the dtype that everything is computed in."""
-    return torch.stack((z_a[rows, columns], z_b[rows, columns])).to(_compute_dtype(z_a))
+    if (rows, columns) != (_ALL, _ALL):
+        z_a, z_b = z_a[rows, columns], z_b[rows, columns]
+    return torch.stack((z_a, z_b)).to(_compute_dtype(z_a))
 
 
 def _slabs(length: int, other: int) -> Iterator[slice]:
