@@ -116,7 +116,7 @@ def gram(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[Ba
     if n * d <= KEEP_ELEMENTS and not bulk:
         x_hat = x.slab(_ALL, _ALL)
         k = torch.bmm(x_hat, x_hat.mT)
-        return _terms(x, _scalar(k.prod(0).sum(dtype=torch.float64)) / n**2, lambd, scale), k.div_(d)
+        return _terms(x, _off_diag(x, k.prod(0).sum(dtype=torch.float64)), lambd, scale), k.div_(d)
     k = x.c.new_zeros(2, n, n, dtype=torch.float64 if n < FEW_SAMPLES else x.c.dtype)
     diagonal = k.diagonal(dim1=1, dim2=2)  # (2, N)
     tau = iter(bulk)
@@ -139,7 +139,7 @@ def gram(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[Ba
         tau = torch.stack(bulk).sum(0, dtype=torch.float64)[:, 0]  # (2,)
         inner = inner + torch.dot(diagonal.sum(1, dtype=torch.float64), tau.flip(0)) + n * tau.prod()
         k += (tau / n).to(k.dtype)[:, None, None]
-    return _terms(x, _scalar(inner) / n**2, lambd, scale), k.div_(d).to(x.c.dtype)
+    return _terms(x, _off_diag(x, inner), lambd, scale), k.div_(d).to(x.c.dtype)
 
 
 def _bulk(x: Normalized) -> list[Tensor]:
@@ -168,21 +168,22 @@ def correlate(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tup
         c = part if c is None else c.add_(part)
     c /= n
     c.fill_diagonal_(0)
-    off_diag = torch.linalg.vecdot(c, c).sum(dtype=torch.float64)
-    return _terms(x, None, lambd, scale, off_diag=_scalar(off_diag)), c
+    return _terms(x, _scalar(torch.linalg.vecdot(c, c).sum(dtype=torch.float64)), lambd, scale), c
 
 
-def _terms(
-    x: Normalized, c_norm: Tensor | float | None, lambd: float, scale: float, off_diag: Tensor | float = 0.0
-) -> BarlowTwinsTerms:
-    """The terms, from ||C||^2 or from its off-diagonal part alone; in float64 up to here."""
+def _off_diag(x: Normalized, inner: Tensor) -> Tensor | float:
+    """||C||^2 - sum_i C_ii^2, from <K_a, K_b>."""
     c = x.c.double()
-    if c_norm is not None:
-        off_diag = c_norm - _scalar(torch.dot(c, c))
-        off_diag = off_diag.clamp_min(0) if isinstance(off_diag, Tensor) else max(off_diag, 0.0)
-    on_diag = _scalar(torch.dot(error := c - 1, error))
-    values = (scale * (on_diag + lambd * off_diag), on_diag, off_diag)
-    return BarlowTwinsTerms(*(torch.as_tensor(value, dtype=x.c.dtype, device=c.device) for value in values))
+    off_diag = _scalar(inner) / x.z_a.shape[0] ** 2 - _scalar(torch.dot(c, c))
+    return off_diag.clamp_min(0) if isinstance(off_diag, Tensor) else max(off_diag, 0.0)  # NaN stays NaN in both
+
+
+def _terms(x: Normalized, off_diag: Tensor | float, lambd: float, scale: float) -> BarlowTwinsTerms:
+    """The terms as tensors; up to here they are in float64."""
+    error = x.c.double() - 1
+    on_diag = _scalar(torch.dot(error, error))
+    terms = (scale * (on_diag + lambd * off_diag), on_diag, off_diag)
+    return BarlowTwinsTerms(*(torch.as_tensor(term, dtype=x.c.dtype, device=x.c.device) for term in terms))
 
 
 def input_grad(
@@ -250,7 +251,7 @@ def _weights_of_sums(weights: Weights) -> tuple[Tensor | float, Tensor | float]:
 
 
 def _scalar(x: Tensor) -> Tensor | float:
-    """Its value: Python's numbers are faster than 0-d tensors; on a GPU, where reading it would stop the queue, itself."""
+    """A 0-d tensor as Python's number, which is faster to compute with; on GPUs, where reading stops the queue, as is."""
     return x.item() if x.device.type == "cpu" else x
 
 

@@ -1,0 +1,110 @@
+"""Peak memory of one forward and backward pass beyond inputs and gradients, measured.
+
+    extra = peak - (what is held before the pass, inputs included) - (bytes of the two gradients)
+
+The gradients are taken off whether or not they exist at the moment of the peak: the result is how far the pass goes
+above what any method must hold. It is never below 0.
+
+On CUDA it is ``torch.cuda.max_memory_allocated``. PyTorch's CPU allocator keeps no such count, and would not see the
+work space of MKL, oneDNN or an OpenMP thread, so on CPUs the operating system is asked, in a fresh process per method:
+
+* The method runs once at a small shape (at most 256 x 1024), so that imports, thread stacks and library set-up count as
+  held before. A method that is compiled for one shape runs at that shape instead: compiling takes more than running.
+* ``MALLOC_MMAP_THRESHOLD_`` and ``MALLOC_TRIM_THRESHOLD_`` are fixed at 128 KiB (glibc otherwise raises them as it
+  goes), so a freed tensor leaves the resident set at once; ``malloc_trim`` returns the rest before the measurement.
+* The peak of the resident set (VmHWM in /proc/self/status) is reset through /proc/self/clear_refs right before the
+  pass. Where the kernel forbids that, the peak counts from the start of the process, which can only be larger.
+
+Only touched pages count, as on the machine itself. The resolution is a few MB. It agrees with the allocations that
+torch.profiler records to within 5 % where MKL and oneDNN take no work space (tests/test_benchmarks.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .accuracy import gradients, make_inputs
+from .peers import LossFunction, Peer
+
+MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": "131072",
+    "MALLOC_TRIM_THRESHOLD_": "131072",
+    "MALLOC_ARENA_MAX": "1",
+}
+WARM_UP = (256, 1024)  # at most
+
+
+def cuda_peak(loss_function: LossFunction, z_a: Tensor, z_b: Tensor) -> int:
+    """Extra bytes of a pass on these inputs, after a first pass that pays for work spaces."""
+    device = z_a.device
+    for _ in range(2):
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        grads = gradients(loss_function(z_a, z_b), z_a, z_b)
+        torch.cuda.synchronize(device)
+        extra = torch.cuda.max_memory_allocated(device) - before - sum(g.nbytes for g in grads)
+        del grads
+    return max(0, extra)
+
+
+def cpu_peak(peer: Peer, n: int, d: int, dtype: torch.dtype) -> int:
+    """Extra bytes of a pass in a process of its own.
+
+    Raises:
+        RuntimeError: the method failed there, or its process was killed.
+    """
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.memory"],
+        input=pickle.dumps((peer, n, d, dtype, torch.get_num_threads())),
+        capture_output=True,
+        env={**os.environ, **MALLOC, "PYTHONPATH": path},
+    )
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").splitlines()
+        last = next((line for line in reversed(lines) if line.strip()), f"exit code {done.returncode}")
+        raise RuntimeError("killed: out of memory" if done.returncode == -signal.SIGKILL else last)
+    return int(done.stdout.splitlines()[-1])
+
+
+def _cpu_peak_here(peer: Peer, n: int, d: int, dtype: torch.dtype) -> int:
+    device = torch.device("cpu")
+    loss_function = peer.build()
+    small = make_inputs(*((n, d) if peer.compiled else map(min, (n, d), WARM_UP)), dtype, device)
+    gradients(loss_function(*small), *small)
+    del small
+    z_a, z_b = make_inputs(n, d, dtype, device)
+    gc.collect()
+    if hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    grads = gradients(loss_function(z_a, z_b), z_a, z_b)
+    return max(0, _status("VmHWM") - before - sum(g.nbytes for g in grads))
+
+
+def _status(field: str) -> int:
+    """A field of /proc/self/status, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+if __name__ == "__main__":
+    peer, *shape, threads = pickle.load(sys.stdin.buffer)
+    torch.set_num_threads(threads)
+    print(_cpu_peak_here(peer, *shape))

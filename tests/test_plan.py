@@ -1,0 +1,342 @@
+"""The choice of route and backend, and the costs that ``plan`` predicts against what PyTorch allocates and moves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from barlow_fused import backends, barlow_twins_loss, configure, cost, devices
+from barlow_fused.plan import Plan, choose_backend, choose_route, configured, plan
+from benchmarks.peers import usual_loss
+
+H200 = devices.KNOWN["h200"]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_set(monkeypatch):
+    monkeypatch.delenv("BARLOW_FUSED_ROUTE", raising=False)
+    monkeypatch.delenv("BARLOW_FUSED_BACKEND", raising=False)
+    with configure():
+        yield
+
+
+# The choice
+
+
+@pytest.mark.parametrize(
+    ("n", "d", "route"),
+    [(1024, 2048, "gram"), (1025, 2048, "direct"), (1024, 2047, "direct"), (2, 4, "gram"), (2, 3, "direct")],
+)
+def test_the_gram_route_is_taken_up_to_n_equal_to_half_of_d(n, d, route):
+    assert choose_route("auto", n, d) == route
+    assert plan(n, d, device="h200").route == route
+
+
+def test_an_argument_beats_configure_which_beats_the_environment(monkeypatch):
+    assert choose_route("auto", 2, 100) == "gram"
+    monkeypatch.setenv("BARLOW_FUSED_ROUTE", "direct")
+    assert choose_route("auto", 2, 100) == "direct"
+    assert "BARLOW_FUSED_ROUTE" in plan(2, 100, device="h200").why
+    with configure(route="gram"):
+        assert choose_route("auto", 100, 2) == "gram"
+        assert "configure" in plan(100, 2, device="h200").why
+        assert choose_route("direct", 2, 100) == "direct"
+        assert "argument" in plan(2, 100, device="h200", route="direct").why
+    with configure(route="auto"):  # back to the rule, whatever the environment says
+        assert choose_route("auto", 2, 100) == "gram"
+        assert "N <= D/2" in plan(2, 100, device="h200").why
+    assert choose_route("auto", 2, 100) == "direct"
+
+
+def test_the_same_holds_for_backends(monkeypatch):
+    cpu = torch.device("cpu")
+    assert choose_backend("auto", cpu) == "torch"
+    monkeypatch.setenv("BARLOW_FUSED_BACKEND", "reference")
+    assert choose_backend("auto", cpu) == "reference"
+    with configure(backend="torch"):
+        assert choose_backend("auto", cpu) == "torch"
+        assert choose_backend("reference", cpu) == "reference"
+    assert choose_backend("auto", cpu) == "reference"
+
+
+def test_configure_sets_from_now_on_and_nests():
+    configure(backend="reference")
+    assert configured() == {"backend": "reference"}
+    with configure(route="direct"):
+        with configure(route="gram", backend="torch"):
+            assert configured() == {"route": "gram", "backend": "torch"}
+        assert configured() == {"route": "direct", "backend": "reference"}
+        with pytest.raises(ZeroDivisionError), configure(route="gram"):
+            _ = 1 / 0
+        assert configured() == {"route": "direct", "backend": "reference"}
+    assert configured() == {"backend": "reference"}
+
+
+def test_a_wrong_setting_changes_nothing(monkeypatch):
+    with pytest.raises(ValueError, match=r"backend must be one of .*'torch'.* got 'fast'"):
+        configure(route="gram", backend="fast")
+    assert configured() == {}
+    with pytest.raises(ValueError, match="route must be one of 'auto', 'gram', 'direct', got 'dual'"):
+        configure(route="dual")
+    monkeypatch.setenv("BARLOW_FUSED_ROUTE", "dual")
+    with pytest.raises(ValueError, match="BARLOW_FUSED_ROUTE must be one of"):
+        choose_route("auto", 2, 100)
+
+
+def test_the_reference_knows_only_the_direct_route():
+    assert choose_route("auto", 2, 100, "reference") == "direct"
+    assert plan(2, 100, device="h200", backend="reference").route == "direct"
+    with pytest.raises(ValueError, match="route='gram' cannot run with backend='reference'"):
+        plan(2, 100, device="h200", route="gram", backend="reference")
+
+
+# The costs
+
+
+@pytest.mark.parametrize(("n", "d"), [(256, 8192), (8192, 2048), (1000, 1000), (2, 1)])
+def test_flops_are_6_n_d_min_of_n_and_d_where_the_cheaper_route_is_taken(n, d):
+    made = plan(n, d, device="h200", route="gram" if n <= d else "direct")
+    assert made.fused.flops == 6 * n * d * min(n, d)
+    assert made.usual.flops == 6 * n * d * d
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(("n", "d"), [(256, 8192), (2048, 65536), (8192, 2048)])
+def test_the_floor_is_the_slower_of_memory_and_arithmetic(n, d, dtype):
+    made = plan(n, d, dtype, device="h200")
+    rate = H200.products["half" if dtype.itemsize == 2 else str(dtype).removeprefix("torch.")]
+    for c in (made.fused, made.usual):
+        assert 0 < c.floor == max(c.bytes_moved / H200.bandwidth, c.flops / rate)
+    assert made.lower_bound == max(6 * n * d * dtype.itemsize / H200.bandwidth, made.fused.flops / rate)
+    assert made.lower_bound <= made.fused.floor
+    assert 6 * n * d * dtype.itemsize <= made.fused.bytes_moved
+
+
+@pytest.mark.parametrize(
+    ("n", "d", "microseconds"),
+    [(256, 8192, 5.85), (2048, 8192, 261), (1024, 65536, 522), (2048, 262144, 8350), (8192, 2048, 261)],
+)
+def test_the_lower_bound_on_an_h200_in_bfloat16(n, d, microseconds):
+    assert plan(n, d, torch.bfloat16, device="h200").lower_bound == pytest.approx(microseconds * 1e-6, rel=0.01)
+
+
+def test_tf32_is_planned_for_where_pytorch_may_use_it():
+    precision = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        exact = plan(2048, 65536, device="h200").fused.floor
+        torch.set_float32_matmul_precision("high")
+        tf32 = plan(2048, 65536, device="h200").fused.floor
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    assert exact / tf32 == pytest.approx(494.7 / 66.9)
+
+
+class Trace(TorchDispatchMode):
+    """Counts what every operator allocates, reads and writes."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive = {}  # bytes of every storage that an operator made
+        self.peak = 0
+        self.moved = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        written = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        inputs = {x.untyped_storage()._cdata for x in read}
+        for storage in (x.untyped_storage() for x in written):
+            if storage._cdata not in inputs and storage._cdata not in self.alive:
+                self.alive[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.alive.pop, storage._cdata)
+        self.peak = max(self.peak, sum(self.alive.values()))
+        name = func.__name__.split(".")[0]
+        if not func.is_view and name not in ("_unsafe_view", "empty_like", "new_empty", "new_empty_strided"):
+            read = {"new_zeros": [], "copy_": read[1:]}.get(name, read)
+            self.moved += sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in read + written)
+        return result
+
+
+def trace(loss, n, d, dtype):
+    """(peak bytes beyond inputs and gradients, bytes read and written) of a forward and backward pass."""
+    z = torch.randn(2, n, d, generator=torch.Generator().manual_seed(0)).to(dtype)
+    views = [x.clone().requires_grad_() for x in z]
+    with Trace() as traced:
+        grads = torch.autograd.grad(loss(*views), views)
+    return traced.peak - sum(g.nbytes for g in grads), traced.moved
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("n", "d"), [(16, 512), (128, 3000), (256, 4096), (512, 2048), (2048, 512), (3000, 64)])
+def test_the_torch_backend_allocates_what_is_predicted(n, d, dtype):
+    made = plan(n, d, dtype, device="cpu", backend="torch")
+    peak, _ = trace(lambda a, b: barlow_twins_loss(a, b, backend="torch"), n, d, dtype)
+    assert peak == pytest.approx(made.fused.peak_memory, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("n", "d"), [(64, 1024), (1024, 256), (256, 512)])
+def test_the_usual_and_the_reference_allocate_and_move_what_is_predicted(n, d, dtype, monkeypatch):
+    monkeypatch.setattr(cost, "CACHED_BYTES", 0)
+    made = plan(n, d, dtype, device="cpu", backend="reference")
+    for predicted, loss in (
+        (made.usual, usual_loss),
+        (made.fused, lambda a, b: barlow_twins_loss(a, b, backend="reference")),
+    ):
+        peak, moved = trace(loss, n, d, dtype)
+        assert peak == pytest.approx(predicted.peak_memory, rel=0.1)
+        assert moved == pytest.approx(predicted.bytes_moved, rel=0.02)
+
+
+def test_arrays_that_fit_the_caches_move_only_when_nothing_can_avoid_it():
+    small = plan(64, 256, device="h200")
+    assert small.usual.bytes_moved == small.fused.bytes_moved == 6 * 64 * 256 * 4
+    large = plan(4096, 16384, device="h200")
+    assert large.usual.bytes_moved == (32 * 16384**2 + 16 * 4096 * 16384) * 4
+    assert large.fused.bytes_moved > 8 * 4096 * 16384 * 4
+
+
+def test_every_backend_that_can_run_has_a_cost():
+    for device in ["cpu"] + ["cuda"] * torch.cuda.is_available():
+        for backend in backends.BACKENDS:
+            if backends.why_unusable(backend, torch.device(device)) is None:
+                assert plan(64, 256, device=device, backend=backend).fused.peak_memory > 0
+
+
+def test_ranks_share_the_work_and_communicate():
+    n, d, ranks = 2048, 8192, 32
+    one, each = plan(n, d, device="h100"), plan(n, d, device="h100", world_size=ranks)
+    assert each.fused.flops * ranks == one.fused.flops
+    assert each.usual.flops * ranks == one.usual.flops
+    assert (one.fused.all_to_all_bytes, one.fused.all_reduce_bytes, one.usual.all_reduce_bytes) == (0, 0, 0)
+    assert each.fused.all_to_all_bytes == 4 * (n // ranks) * d * 4
+    assert each.fused.all_reduce_bytes == 2 * n**2 * 4
+    assert each.usual.all_reduce_bytes == d**2 * 4
+    assert each.fused.peak_memory < each.usual.peak_memory
+    direct = plan(n, d, device="h100", world_size=ranks, route="direct")
+    assert (direct.fused.all_to_all_bytes, direct.fused.all_reduce_bytes) == (0, d**2 * 4)
+    assert "predicted" in str(each)
+    assert "predicted" not in str(one)
+
+
+def test_features_that_do_not_divide_among_ranks_are_padded():
+    assert plan(64, 1000, device="h100", world_size=32).fused.all_to_all_bytes == 4 * 2 * 1024 * 4
+
+
+# The devices
+
+
+def test_this_cpu_is_measured_once(monkeypatch):
+    device = devices.resolve_device("cpu")
+    bandwidth, rate = device.bandwidth, device.product_rate(torch.float32)
+    assert 1e8 < bandwidth < 1e13
+    assert 1e8 < rate < 1e14
+
+    def again(*_):
+        raise AssertionError("measured twice")
+
+    monkeypatch.setattr(devices, "_seconds", again)
+    made = plan(256, 8192, device=torch.device("cpu"))
+    assert made.fused.floor == max(made.fused.bytes_moved / bandwidth, made.fused.flops / rate)
+    assert "measured" in made.rates
+
+
+def test_planning_leaves_the_random_state_alone():
+    before = torch.get_rng_state()
+    plan(2048, 65536, torch.bfloat16, device="cpu")
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("device", [None, "cpu", torch.device("cpu"), "H200", "h100", "a100", "b200"])
+def test_devices_that_can_be_planned_for(device):
+    made = plan(64, 256, device=device)
+    assert made.device
+    assert made.fused.floor > 0
+
+
+def test_the_table_says_where_its_rates_come_from():
+    assert "(measured)" in plan(64, 256, torch.bfloat16, device="h200").rates
+    assert "bandwidth measured, product: datasheet" in plan(64, 256, device="h100").rates
+    assert "(datasheet" in plan(64, 256, torch.bfloat16, device="a100").rates
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_gpu_is_planned_for(monkeypatch):
+    assert plan(256, 8192, torch.bfloat16).fused.floor > 0
+    monkeypatch.setattr(devices, "KNOWN", {})  # measured, then
+    made = plan(256, 8192, torch.bfloat16, device="cuda")
+    assert 1e10 < made.fused.bytes_moved / made.fused.floor < 1e14
+
+
+# What is printed, and what is refused
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kwargs", [{}, {"world_size": 2}, {"route": "direct"}, {"backend": "reference"}])
+@pytest.mark.parametrize(("n", "d"), [(2, 1), (2, 4), (256, 8192), (2**20, 2**20)])
+def test_the_table_fits_80_columns(n, d, dtype, kwargs):
+    for device in ("h200", "h100", "a100", "b200"):
+        made = plan(n, d, dtype, device=device, **kwargs)
+        text = str(made)
+        assert max(map(len, text.splitlines())) <= 80
+        assert f"route         {made.route}: " in text
+        assert "FLOPs" in text
+
+
+def test_the_table_survives_a_long_device_name():
+    made = dataclasses.replace(plan(2, 4, device="h200"), device="Intel(R) Xeon(R) " * 6, why="because " * 20)
+    assert max(map(len, str(made).splitlines())) <= 80
+
+
+def test_the_table_of_a_wide_projector():
+    text = " ".join(str(plan(2048, 65536, torch.bfloat16, device="h200")).split())
+    assert "FLOPs 1.65 TFLOP 52.8 TFLOP 32.0x" in text
+    assert "floor 2.09 ms 66.8 ms 32.0x" in text
+
+
+def test_a_plan_is_frozen_and_turns_into_json():
+    made = plan(64, 256, torch.float16, device="h200")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        made.route = "direct"
+    as_json = json.loads(json.dumps(made.to_dict()))
+    assert as_json["dtype"] == "float16"
+    assert as_json["usual"]["flops"] == made.usual.flops
+    assert set(as_json) == {field.name for field in dataclasses.fields(Plan)}
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "arguments"),
+    [
+        (ValueError, "n must be at least 2, got 1", {"n": 1}),
+        (TypeError, "n must be an int, got float", {"n": 64.0}),
+        (TypeError, "n must be an int, got bool", {"n": True}),
+        (ValueError, "d must be at least 1, got 0", {"d": 0}),
+        (TypeError, "d must be an int, got str", {"d": "256"}),
+        (ValueError, "world_size must be at least 1, got 0", {"world_size": 0}),
+        (ValueError, "n must be divisible by world_size .* got 64 and 3", {"world_size": 3}),
+        (ValueError, "dtype must be torch.float32, .* got torch.int32", {"dtype": torch.int32}),
+        (TypeError, "dtype must be torch.float32, .* got 'float32'", {"dtype": "float32"}),
+        (ValueError, "device must be 'cpu', .*'h200'.* got 'h300'", {"device": "h300"}),
+        (ValueError, "device must be 'cpu', .* got 'meta'", {"device": "meta"}),
+        (TypeError, "device must be .* got int", {"device": 0}),
+        (ValueError, "device='cuda:99' is not on this machine", {"device": "cuda:99"}),
+        (ValueError, "route must be one of .* got 'dual'", {"route": "dual"}),
+        (ValueError, "backend must be one of .* got 'fast'", {"backend": "fast"}),
+    ],
+)
+def test_what_is_refused(error, message, arguments):
+    with pytest.raises(error, match=message):
+        plan(**{"n": 64, "d": 256, "device": "h200", **arguments})
+
+
+def test_a_forced_backend_that_cannot_run_says_why():
+    with pytest.raises(RuntimeError, match="backend='cuda' cannot run on cpu"):
+        plan(64, 256, device="cpu", backend="cuda")
