@@ -2,7 +2,7 @@
 
 from .loss import BarlowTwinsLoss, barlow_twins_loss, cross_correlation
 from .normalization import Normalization
-from .plan import configure
+from .plan import Plan, configure, plan
 from .reference import BarlowTwinsTerms
 from .version import __version__
 
@@ -10,8 +10,10 @@ __all__ = [
     "BarlowTwinsLoss",
     "BarlowTwinsTerms",
     "Normalization",
+    "Plan",
     "__version__",
     "barlow_twins_loss",
     "configure",
     "cross_correlation",
+    "plan",
 ]

@@ -23,7 +23,7 @@ from .reference import BarlowTwinsTerms
 class Spec(NamedTuple):
     """Everything about a call that is not a tensor, resolved."""
 
-    backend: str  # "torch", "triton" or "cuda"
+    backend: str  # "torch", "triton", "cuda", or "auto" until it meets its tensors
     route: str  # "gram" or "direct"
     normalization: Normalization | None
     lambd: float
@@ -32,6 +32,8 @@ class Spec(NamedTuple):
 
 def apply(z_a: Tensor, z_b: Tensor, spec: Spec) -> BarlowTwinsTerms:  # [N, D], [N, D]
     """The loss and its two terms, differentiable."""
+    if not torch.compiler.is_compiling():  # the operators do this themselves
+        spec = _resolve(spec, z_a)
     if torch._C._are_functorch_transforms_active():
         return BarlowTwinsTerms(*_FunctionalTransformFunction.apply(z_a, z_b, spec)[:3])
     if torch.is_grad_enabled() and (z_a.requires_grad or z_b.requires_grad):
@@ -131,6 +133,10 @@ def _unflatten(
     return Spec(backend, route, convention, lambd, scale)
 
 
+def _resolve(spec: Spec, z: Tensor) -> Spec:
+    return spec._replace(backend=backends.resolve(spec.backend, z.device, z.dtype))
+
+
 _SPEC_SCHEMA = "str backend, str route, float lambd, float scale, int correction, float eps, str eps_added_to"
 
 
@@ -140,7 +146,7 @@ _SPEC_SCHEMA = "str backend, str route, float lambd, float scale, int correction
     schema=f"(Tensor z_a, Tensor z_b, bool need_grad, {_SPEC_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor[])",
 )
 def _forward_op(z_a, z_b, need_grad, *spec):
-    return forward(z_a, z_b, need_grad, _unflatten(*spec))
+    return forward(z_a, z_b, need_grad, _resolve(_unflatten(*spec), z_a))
 
 
 @torch.library.custom_op(
@@ -150,7 +156,7 @@ def _forward_op(z_a, z_b, need_grad, *spec):
     f"bool need_b, {_SPEC_SCHEMA}) -> (Tensor, Tensor)",
 )
 def _backward_op(z_a, z_b, saved, g_loss, g_on, g_off, need_a, need_b, *spec):
-    grads = backward(z_a, z_b, saved, g_loss, g_on, g_off, need_a, need_b, _unflatten(*spec))
+    grads = backward(z_a, z_b, saved, g_loss, g_on, g_off, need_a, need_b, _resolve(_unflatten(*spec), z_a))
     return tuple(z_a.new_empty(0) if grad is None else grad for grad in grads)  # an operator cannot return None
 
 
@@ -166,7 +172,7 @@ def forward(z_a: Tensor, z_b: Tensor, need_grad: bool, spec: Spec) -> tuple[Tens
 
 @_forward_op.register_fake
 def _(z_a: Tensor, z_b: Tensor, need_grad: bool, *spec: str | float):
-    backend, route, normalization, _, _ = _unflatten(*spec)
+    backend, route, normalization, _, _ = _resolve(_unflatten(*spec), z_a)
     terms = (z_a.new_empty((), dtype=torch.promote_types(z_a.dtype, torch.float32)) for _ in range(3))
     return *terms, backends.load(backend).empty_saved(z_a, route, normalization) if need_grad else []
 

@@ -58,7 +58,7 @@ def barlow_twins_loss(
     _check_inputs(z_a, z_b)
     lambd, scale = _number("lambd", lambd), _number("scale", scale)
     convention = resolve_normalization(normalization, eps)
-    backend = choose_backend(backend, z_a.device)
+    backend = choose_backend(backend)  # which one "auto" is, the function over the backends decides
     route = choose_route(route, *z_a.shape, backend)
     if backend == "reference":
         terms = reference_loss(z_a, z_b, lambd, scale, convention)

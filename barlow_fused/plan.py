@@ -52,22 +52,17 @@ class configure:  # noqa: N801 - used like torch.set_grad_enabled: a call that s
         _configured.update(self._previous)
 
 
-def choose_backend(backend: str, device: torch.device | None = None) -> str:
-    """The backend that runs a call with the argument ``backend`` on tensors of ``device`` (None: only check it).
+def choose_backend(backend: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> str:
+    """The backend that runs a call with the argument ``backend`` on tensors of ``device`` and ``dtype``.
+
+    Without a device it may be ``"auto"``.
 
     Raises:
         ValueError: not a backend's name.
         RuntimeError: a backend was forced that cannot run there.
     """
     backend = _resolve("backend", backend, backends.BACKENDS)
-    if device is None:
-        return backend
-    if backend == "auto":
-        return backends.fastest(device)
-    reason = backends.why_unusable(backend, device)
-    if reason is not None:
-        raise RuntimeError(reason)
-    return backend
+    return backend if device is None else backends.resolve(backend, device, dtype)
 
 
 def choose_route(route: str, n: int | None = None, d: int | None = None, backend: str | None = None) -> str:
@@ -193,7 +188,7 @@ def plan(
         accepted = ", ".join(f"torch.{_name(accepted)}" for accepted in DTYPES)
         raise (ValueError if isinstance(dtype, torch.dtype) else TypeError)(f"dtype must be {accepted}, got {dtype!r}")
     target = resolve_device(device)
-    backend = choose_backend(backend, torch.device(target.type))
+    backend = choose_backend(backend, torch.device(target.type), dtype)
     chosen = choose_route(route, n, d, backend)
     problem = Problem(n, d, dtype, target, world_size, chosen)
     return Plan(

@@ -251,7 +251,7 @@ def _weights_of_sums(weights: Weights) -> tuple[Tensor | float, Tensor | float]:
 
 
 def _scalar(x: Tensor) -> Tensor | float:
-    """A 0-d tensor as Python's number, which is faster to compute with; on GPUs, where reading stops the queue, as is."""
+    """A 0-d tensor as Python's number, which is faster to compute with; on GPUs, where reading would stall, as is."""
     return x.item() if x.device.type == "cpu" else x
 
 
