@@ -8,6 +8,7 @@ from cases import NORMALIZATIONS, ROUTES, SHAPES, SMALL_SHAPES, Answer, answer, 
 
 from barlow_fused import barlow_twins_loss
 from barlow_fused.backends import torch_backend
+from barlow_fused.reference import standardize
 
 
 def torch_loss(**kwargs):
@@ -99,6 +100,26 @@ def test_several_slabs_and_panels(n, d, dtype, route):
     assert error(got.loss, ref.loss) < 1e-6 * amplified
     assert error(got.grad_a, ref.grad_a) < (2e-6 if dtype == torch.float32 else 5e-3) * amplified
     assert error(got.grad_b, ref.grad_b) < (2e-6 if dtype == torch.float32 else 5e-3) * amplified
+
+
+@pytest.mark.parametrize("normalization", ["batch_norm", "std"])
+@pytest.mark.parametrize(("n", "d"), [(2, 8192), (16, 16384), (32, 65536), (64, 65536), (256, 32768)])
+def test_very_wide(n, d, normalization):
+    """D far beyond N: K is close to a multiple of the identity, and most of K A_hat cancels in the gradient.
+
+    Compared with autograd through the Gram form in float64, as (D, D) matrices do not fit.
+    """
+    z_a, z_b = views(n, d)
+    got = answer(torch_loss(normalization=normalization), z_a, z_b)
+    a, b = (z.double().requires_grad_() for z in (z_a, z_b))
+    a_hat, b_hat = (standardize(z, NORMALIZATIONS[normalization]) for z in (a, b))
+    c = (a_hat * b_hat).mean(0)
+    loss = (c - 1).square().sum() + 0.0051 * (((a_hat @ a_hat.T) * (b_hat @ b_hat.T)).sum() / n**2 - c.square().sum())
+    grad_a, grad_b = torch.autograd.grad(loss, (a, b))
+    assert error(got.loss, loss.detach(), at_least=d if n == 2 else 0) < 1e-6
+    if n > 2:
+        assert error(got.grad_a, grad_a) < 2e-6
+        assert error(got.grad_b, grad_b) < 2e-6
 
 
 @pytest.mark.parametrize("threshold", ["KEEP_ELEMENTS", "ONEDNN_MIN_FLOPS"])
