@@ -274,6 +274,6 @@ def _resolve(name: str, value: str, accepted: tuple[str, ...]) -> str:
 
 
 def _check(name: str, value: str, accepted: tuple[str, ...]) -> str:
-    if value not in ("auto", *accepted):
+    if value != "auto" and value not in accepted:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, ('auto', *accepted)))}, got {value!r}")
     return value

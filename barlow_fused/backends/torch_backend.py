@@ -17,8 +17,8 @@ in the Gram route and B_hat C0^T in the direct one, where C0 is C with its diago
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,15 +39,16 @@ _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends
 _ALL = slice(None)
 
 
-@dataclasses.dataclass(frozen=True)
-class Normalized:
+class Normalized(NamedTuple):
     """Two views, and what it takes to standardise them: x_hat = (z - mean) * rstd + shift."""
 
     z_a: Tensor  # [N, D]
     z_b: Tensor  # [N, D]
     normalization: Normalization | None  # None: the inputs are used as they are, and there are no statistics
     c: Tensor  # [D] diag(C), in the dtype that everything is computed in
-    stats: tuple[Tensor, ...]  # mean, shift, rstd, biased variance, each [2, 1, D] (views a and b); small inputs: x_hat
+    stats: tuple[
+        Tensor, ...
+    ]  # rstd, biased variance, mean, shift, each [2, 1, D] (two views); or rstd, variance, x_hat
 
     def saved(self) -> list[Tensor]:
         """What a backward pass needs, beside the inputs, to build this again."""
@@ -62,12 +63,12 @@ class Normalized:
 
     def slab(self, rows: slice, columns: slice) -> Tensor:  # [2, rows, columns]
         """A slab of A_hat and B_hat."""
-        if len(self.stats) == 5:
-            return self.stats[4]  # small inputs are one slab
+        if len(self.stats) == 3:
+            return self.stats[2]  # small inputs are one slab, and it was kept
         x = _stack(self.z_a, self.z_b, rows, columns)
         if self.normalization is None:
             return x
-        mean, shift, rstd = (_cut(stat, columns) for stat in self.stats[:3])
+        rstd, _, mean, shift = (_cut(stat, columns) for stat in self.stats)
         return torch.addcmul(shift, x.sub_(mean), rstd, out=x)
 
 
@@ -93,8 +94,8 @@ def normalize(z_a: Tensor, z_b: Tensor, normalization: Normalization | None) -> 
         torch.mean(x[0] * x[1], 0, out=_cut(c, s))
     rstd = normalization.rstd(var, n)
     c *= rstd.prod(0)[0]
-    stats = (mean, shift.mul_(rstd).neg_(), rstd, var)
-    return Normalized(z_a, z_b, normalization, c, (*stats, x.mul_(rstd)) if n * d <= KEEP_ELEMENTS else stats)
+    kept = (x.mul_(rstd),) if n * d <= KEEP_ELEMENTS else (mean, shift.mul_(rstd).neg_())
+    return Normalized(z_a, z_b, normalization, c, (rstd, var, *kept))
 
 
 def empty_saved(z_a: Tensor, route: str, normalization: Normalization | None) -> list[Tensor]:
@@ -103,9 +104,8 @@ def empty_saved(z_a: Tensor, route: str, normalization: Normalization | None) ->
     c = z_a.new_empty(d, dtype=_compute_dtype(z_a))
     saved = [c.new_empty((2, n, n) if route == "gram" else (d, d)), c]
     if normalization is not None:
-        saved += [c.new_empty(2, 1, d) for _ in range(4)]
-        if n * d <= KEEP_ELEMENTS:
-            saved.append(c.new_empty(2, n, d))
+        saved += [c.new_empty(2, 1, d) for _ in range(2)]
+        saved += [c.new_empty(2, n, d)] if n * d <= KEEP_ELEMENTS else [c.new_empty(2, 1, d) for _ in range(2)]
     return saved
 
 
@@ -153,7 +153,7 @@ def _bulk(x: Normalized) -> list[Tensor]:
     n, d = x.z_a.shape
     if x.normalization is None or d < BULK_RATIO * n:
         return []
-    _, _, rstd, var = x.stats[:4]
+    rstd, var = x.stats[:2]
     power = (var * rstd * rstd).mul_(n / (n - 1))
     return [part.sum(2) for s in _slabs(d, n) for part in _cut(power, s).split(MIN_SLAB, dim=2)]
 
@@ -183,7 +183,9 @@ def _terms(x: Normalized, off_diag: Tensor | float, lambd: float, scale: float) 
     error = x.c.double() - 1
     on_diag = _scalar(torch.dot(error, error))
     terms = (scale * (on_diag + lambd * off_diag), on_diag, off_diag)
-    return BarlowTwinsTerms(*(torch.as_tensor(term, dtype=x.c.dtype, device=x.c.device) for term in terms))
+    if isinstance(on_diag, Tensor):
+        return BarlowTwinsTerms(*(term.to(x.c.dtype) for term in terms))
+    return BarlowTwinsTerms(*(torch.scalar_tensor(term, dtype=x.c.dtype) for term in terms))
 
 
 def input_grad(
@@ -207,10 +209,13 @@ def input_grad(
         blocks = [(_ALL, s) for s in _slabs(features, n)]
     else:
         blocks = [(s, _ALL) for s in _slabs(n, features)]
-    grads = [torch.empty_like(z) if need else None for z, need in zip((x.z_a, x.z_b), needs, strict=True)]
     views = [view for view in range(2) if needs[view]]
+    grads: list[Tensor | None] = [None, None]
+    if len(blocks) > 1:
+        for view in views:
+            grads[view] = torch.empty_like((x.z_a, x.z_b)[view])
     if x.normalization is not None:  # grad = rstd_alpha * P + rstd_d * other + (own_0 + own_1 * mean_n(own * P)) * own
-        rstd, var = x.stats[2:4]
+        rstd, var = x.stats[:2]
         rstd_d = rstd * d
         rstd_alpha = rstd * alpha
         own_1 = rstd_alpha * -(kappa := x.normalization.kappa(var, n))
@@ -230,17 +235,17 @@ def input_grad(
                 p = _matmul_t(product[1 - view], own.T, x.z_a.dtype)
             else:
                 p = _matmul_t(other, product.T if view else product, x.z_a.dtype)
-            grad = grads[view] if len(blocks) == 1 else grads[view][rows, columns]
             if x.normalization is None:
-                grad.copy_(p.mul_(alpha).addcmul_(other, _cut(d, columns)))
-                continue
-            mean = mean_p[view] if mean_from_c else (own * p).mean(0)
-            own_factor = torch.addcmul(_cut(own_0[view], columns), _cut(own_1[view], columns), mean)
-            p.mul_(_cut(rstd_alpha[view], columns)).addcmul_(other, _cut(rstd_d[view], columns))
-            if grad.dtype == p.dtype:
-                torch.addcmul(p, own, own_factor, out=grad)
+                p.mul_(alpha).addcmul_(other, _cut(d, columns))
             else:
-                grad.copy_(p.addcmul_(own, own_factor))
+                mean = mean_p[view] if mean_from_c else (own * p).mean(0)
+                own_factor = torch.addcmul(_cut(own_0[view], columns), _cut(own_1[view], columns), mean)
+                p.mul_(_cut(rstd_alpha[view], columns)).addcmul_(other, _cut(rstd_d[view], columns))
+                p.addcmul_(own, own_factor)
+            if len(blocks) == 1:
+                grads[view] = p.to(x.z_a.dtype)
+            else:
+                grads[view][rows, columns] = p
     return grads[0], grads[1]
 
 
