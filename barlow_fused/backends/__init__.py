@@ -79,3 +79,17 @@ def _why_no_triton(device: torch.device) -> str | None:
 def fastest(device: torch.device, dtype: torch.dtype | None = None) -> str:
     """The backend that ``"auto"`` takes on ``device``, with inputs of ``dtype``."""
     return next(name for name in ("cuda", "triton", "torch") if why_unusable(name, device, dtype) is None)
+
+
+def resolve(name: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
+    """The backend meant by ``name``, which may be ``"auto"``, for inputs of ``dtype`` on ``device``.
+
+    Raises:
+        RuntimeError: it cannot run there.
+    """
+    if name == "auto":
+        return fastest(device, dtype)
+    reason = why_unusable(name, device, dtype)
+    if reason is not None:
+        raise RuntimeError(reason)
+    return name

@@ -12,7 +12,8 @@ Means are removed twice: the first mean is rounded to the inputs' precision, whi
 float32; the mean of what is left removes that, so that features with |mean|/std = 1000 lose nothing.
 
 Both routes end in the same gradient, because both products are the same matrix work: P_a = B_hat C^T is K_b A_hat / N
-in the Gram route and B_hat C0^T in the direct one, where C0 is C with its diagonal set to 0. The rest is elementwise.
+in the Gram route and B_hat C0^T in the direct one, where C0 is C with its diagonal set to 0 (the code's P may carry a
+factor, D / N or N, which alpha takes back). The rest is elementwise.
 """
 
 from __future__ import annotations
@@ -159,16 +160,15 @@ def _bulk(x: Normalized) -> list[Tensor]:
 
 
 def correlate(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[BarlowTwinsTerms, Tensor]:
-    """The terms, and C with its diagonal set to 0, (D, D). 2 N D^2 FLOPs."""
+    """The terms, and N C with its diagonal set to 0, (D, D). 2 N D^2 FLOPs."""
     n, d = x.z_a.shape
     c = None
     for s in _slabs(n, d):
         x_hat = x.slab(s, _ALL)
         part = _matmul_t(x_hat[0].T, x_hat[1].T, x.z_a.dtype)
         c = part if c is None else c.add_(part)
-    c /= n
     c.fill_diagonal_(0)
-    return _terms(x, _scalar(torch.linalg.vecdot(c, c).sum(dtype=torch.float64)), lambd, scale), c
+    return _terms(x, _scalar(torch.linalg.vecdot(c, c).sum(dtype=torch.float64)) / n**2, lambd, scale), c
 
 
 def _off_diag(x: Normalized, inner: Tensor) -> Tensor | float:
@@ -208,6 +208,7 @@ def input_grad(
         alpha = alpha * (features / n)
         blocks = [(_ALL, s) for s in _slabs(features, n)]
     else:
+        alpha = alpha / n  # its P has the factor N
         blocks = [(s, _ALL) for s in _slabs(n, features)]
     views = [view for view in range(2) if needs[view]]
     grads: list[Tensor | None] = [None, None]
@@ -223,9 +224,10 @@ def input_grad(
         if route == "gram" and (bulk := _bulk(x)):
             tau = torch.stack(bulk).sum(0, dtype=torch.float64).to(rstd.dtype).flip(0)[..., None] / features
             own_0 += rstd_alpha * tau * x.normalization.remainder(rstd)
-        # a feature's mean_n(A_hat * P) is sum_j C0_ij^2, too; with D larger than N that is the less exact of the two
+        # a feature's mean_n(A_hat * P) is N sum_j C0_ij^2, too; with D larger than N that is the less exact of the two
         mean_from_c = route == "direct" and (features <= n or len(blocks) > 1)
         if mean_from_c:
+            own_1 *= 1 / n
             mean_p = [torch.linalg.vecdot(product, product, dim=1 - view) for view in range(2)]
     for rows, columns in blocks:
         x_hat = x.slab(rows, columns).unbind()
