@@ -13,7 +13,6 @@ tests/test_plan.py compares them with what PyTorch's operators allocate, read an
 from __future__ import annotations
 
 import dataclasses
-import itertools
 
 import torch
 
@@ -83,32 +82,28 @@ def torch_cost(p: Problem) -> Cost:
     """The torch backend keeps nothing of N x D numbers, only the product and a few slabs (torch_backend.py)."""
     n, d = p.local_shape
     size, in_size = p.compute_dtype.itemsize, p.dtype.itemsize
-    columns = _Slabs.cut(d, n, size, in_size)  # of all samples
-    rows = _Slabs.cut(n, d, size, in_size)  # of all features
-    normalize = max(2 * columns.pair, columns.while_next_is_made)  # x and x^2
+    of_columns, of_rows = _slab_bytes(d, n, size), _slab_bytes(n, d, size)  # a slab of both views
     if p.route == "gram":
-        slabs = columns
         product = 2 * n * n * size
-        inner = n * n * (size if size == 8 else size + 8)  # K_a * K_b, converted to float64 to be summed
-        forward = product + max(slabs.pair + inner, slabs.while_next_is_made)
-        backward = product
+        slabs = -(-2 * n * d * size // of_columns)
+        forward = product + of_columns + n * n * (size + 8)  # K_a * K_b, and the same in float64 to be summed
+        backward = product + 2 * of_columns  # a slab, one view's P, and A_hat * P
         # Passes over K_a and K_b: zeroed, mirrored, divided, multiplied and summed in float64, 8; each slab adds to
         # their lower triangles, and in the backward pass reads them.
-        product_passes = 8 + 2 * slabs.count
+        product_passes = 8 + 2 * slabs
     else:
-        slabs = rows
         product = d * d * size
-        forward = product + max(slabs.pair + product, slabs.while_next_is_made)  # C and a slab's product
-        backward = 2 * product  # C and C^2
-        # Passes over C: zeroed, divided, squared and summed (again twice for the gradient's means), 12; each slab's
-        # product is written, read and added to C, and in the backward pass reads C for each view.
-        product_passes = 12 + 6 * slabs.count
-    # The gradient: a slab of both views, P and A_hat * P (Gram) or the other view's P (direct), each half as large.
-    gradient = product + max(2 * slabs.pair, slabs.while_next_is_made + slabs.pair // 2 * (slabs.count > 1))
+        slabs = -(-2 * n * d * size // of_rows)
+        forward = product + of_rows + product  # C and a slab's product
+        backward = product + max(product, 2 * of_rows)  # C^2; or a slab, one view's P, and A_hat * P
+        # Passes over C: squared and summed, again twice for the gradient's means, 12; each slab's product is written,
+        # read and added to C, and in the backward pass reads C for each view.
+        product_passes = 12 + 6 * slabs
     if p.device.type == "cuda" and in_size < size:
-        gradient += product * in_size // size  # half-precision products copy their operands
-    before_gradients = max(normalize, forward) - 2 * n * d * in_size
-    peak = 20 * d * size + max(before_gradients, backward, gradient)  # 20: statistics and factors of each feature
+        backward += product * in_size // size  # half-precision products copy their operands
+    # normalize has a slab and its square. The inputs' gradients, which are taken off, exist only in the backward pass.
+    before_gradients = max(2 * of_columns, forward) - 2 * n * d * in_size
+    peak = 20 * d * size + max(before_gradients, backward)  # 20: statistics and factors of each feature
     communication = {}
     if p.world_size > 1:
         communication["all_reduce_bytes"] = product
@@ -159,20 +154,9 @@ def usual_cost(p: Problem) -> Cost:
 COSTS = {"torch": torch_cost, "reference": reference_cost}  # of each backend
 
 
-@dataclasses.dataclass(frozen=True)
-class _Slabs:
-    """The slabs that the torch backend cuts both views into."""
-
-    count: int
-    pair: int  # bytes of a slab of both views, in the compute dtype
-    while_next_is_made: int  # bytes of one pair and the next; halves are stacked first and converted then
-
-    @classmethod
-    def cut(cls, length: int, other: int, size: int, in_size: int) -> _Slabs:
-        sizes = [2 * other * len(range(length)[slab]) * size for slab in torch_backend._slabs(length, other)]
-        stacked = in_size / size if in_size < size else 0
-        changes = [pair + (1 + stacked) * next_pair for pair, next_pair in itertools.pairwise([0, *sizes])]
-        return cls(len(sizes), sizes[0], int(max(changes)))
+def _slab_bytes(length: int, other: int, size: int) -> int:
+    """Bytes of a slab of both views in the compute dtype, as the torch backend cuts them."""
+    return 2 * other * len(range(length)[next(torch_backend._slabs(length, other))]) * size
 
 
 def _cost(

@@ -33,7 +33,7 @@ MIN_SLAB = 1024  # rows or columns: enough for the matrix product to run at full
 KEEP_ELEMENTS = 2**17  # inputs up to this size keep their standardised features: there, calls cost more than bytes
 FEW_SAMPLES = 128  # below this the sums over slabs of K, which is small then, are kept in float64
 BULK_RATIO = 32  # D / N from which K's bulk is taken out (``_bulk``)
-PANEL = 256  # rows of the lower-triangle panels of a symmetric product
+PANEL = 128  # rows of the lower-triangle panels of a symmetric product
 ONEDNN_MIN_FLOPS = 1e7  # below this, oneDNN's 20 us of set-up cost more than it saves
 
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
@@ -62,11 +62,11 @@ class Normalized(NamedTuple):
         """Build again what ``saved`` was taken from."""
         return cls(z_a, z_b, normalization, saved[0], tuple(saved[1:]))
 
-    def slab(self, rows: slice, columns: slice) -> Tensor:  # [2, rows, columns]
-        """A slab of A_hat and B_hat."""
+    def slab(self, rows: slice, columns: slice, out: Tensor | None = None) -> Tensor:  # [2, rows, columns]
+        """A slab of A_hat and B_hat, written over ``out``, the last slab, if that has its shape."""
         if len(self.stats) == 3:
             return self.stats[2]  # small inputs are one slab, and it was kept
-        x = _stack(self.z_a, self.z_b, rows, columns)
+        x = _stack(self.z_a, self.z_b, rows, columns, out)
         if self.normalization is None:
             return x
         rstd, _, mean, shift = (_cut(stat, columns) for stat in self.stats)
@@ -87,12 +87,14 @@ def normalize(z_a: Tensor, z_b: Tensor, normalization: Normalization | None) -> 
         return Normalized(z_a, z_b, None, c, ())
     mean, shift, var = (z_a.new_empty(2, 1, d, dtype=dtype) for _ in range(3))
     c = z_a.new_empty(d, dtype=dtype)
+    x = square = None
     for s in _slabs(d, n):
-        x = _stack(z_a, z_b, _ALL, s)
+        x = _stack(z_a, z_b, _ALL, s, out=x)
         x -= torch.mean(x, 1, keepdim=True, out=_cut(mean, s))
         x -= torch.mean(x, 1, keepdim=True, out=_cut(shift, s))  # what rounding left of the mean
-        torch.mean(x.square(), 1, keepdim=True, out=_cut(var, s))
-        torch.mean(x[0] * x[1], 0, out=_cut(c, s))
+        square = torch.mul(x, x, out=_like(x, square))
+        torch.mean(square, 1, keepdim=True, out=_cut(var, s))
+        torch.mean(torch.mul(x[0], x[1], out=square[0]), 0, out=_cut(c, s))
     rstd = normalization.rstd(var, n)
     c *= rstd.prod(0)[0]
     kept = (x.mul_(rstd),) if n * d <= KEEP_ELEMENTS else (mean, shift.mul_(rstd).neg_())
@@ -121,8 +123,10 @@ def gram(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[Ba
     k = x.c.new_zeros(2, n, n, dtype=torch.float64 if n < FEW_SAMPLES else x.c.dtype)
     diagonal = k.diagonal(dim1=1, dim2=2)  # (2, N)
     tau = iter(bulk)
+    slab = None
     for s in _slabs(d, n):
-        for x_hat in x.slab(_ALL, s).split(MIN_SLAB if bulk else d, dim=2):
+        slab = x.slab(_ALL, s, out=slab)
+        for x_hat in slab.split(MIN_SLAB if bulk else d, dim=2):
             if 2 * n * n * x_hat.shape[2] <= ONEDNN_MIN_FLOPS:
                 k += torch.bmm(x_hat, x_hat.mT)
             else:
@@ -162,9 +166,9 @@ def _bulk(x: Normalized) -> list[Tensor]:
 def correlate(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[BarlowTwinsTerms, Tensor]:
     """The terms, and N C with its diagonal set to 0, (D, D). 2 N D^2 FLOPs."""
     n, d = x.z_a.shape
-    c = None
+    c = x_hat = None
     for s in _slabs(n, d):
-        x_hat = x.slab(s, _ALL)
+        x_hat = x.slab(s, _ALL, out=x_hat)
         part = _matmul_t(x_hat[0].T, x_hat[1].T, x.z_a.dtype)
         c = part if c is None else c.add_(part)
     c.fill_diagonal_(0)
@@ -229,25 +233,31 @@ def input_grad(
         if mean_from_c:
             own_1 *= 1 / n
             mean_p = [torch.linalg.vecdot(product, product, dim=1 - view) for view in range(2)]
+    slab = own_p = None
     for rows, columns in blocks:
-        x_hat = x.slab(rows, columns).unbind()
+        slab = x.slab(rows, columns, out=slab)
         for view in views:
-            own, other = x_hat[view], x_hat[1 - view]
+            own, other = slab[view], slab[1 - view]
             if route == "gram":
                 p = _matmul_t(product[1 - view], own.T, x.z_a.dtype)
             else:
                 p = _matmul_t(other, product.T if view else product, x.z_a.dtype)
             if x.normalization is None:
-                p.mul_(alpha).addcmul_(other, _cut(d, columns))
+                p.mul_(alpha)
+                last = (other, _cut(d, columns))
             else:
-                mean = mean_p[view] if mean_from_c else (own * p).mean(0)
-                own_factor = torch.addcmul(_cut(own_0[view], columns), _cut(own_1[view], columns), mean)
+                if not mean_from_c:
+                    own_p = torch.mul(own, p, out=_like(own, own_p))
+                mean = mean_p[view] if mean_from_c else own_p.mean(0)
                 p.mul_(_cut(rstd_alpha[view], columns)).addcmul_(other, _cut(rstd_d[view], columns))
-                p.addcmul_(own, own_factor)
+                last = (own, torch.addcmul(_cut(own_0[view], columns), _cut(own_1[view], columns), mean))
             if len(blocks) == 1:
-                grads[view] = p.to(x.z_a.dtype)
+                grads[view] = p.addcmul_(*last).to(x.z_a.dtype)
+            elif p.dtype == x.z_a.dtype:
+                torch.addcmul(p, *last, out=grads[view][rows, columns])
             else:
-                grads[view][rows, columns] = p
+                grads[view][rows, columns] = p.addcmul_(*last)
+            del p  # before the next one is made
     return grads[0], grads[1]
 
 
@@ -266,11 +276,18 @@ def _compute_dtype(z: Tensor) -> torch.dtype:
     return torch.promote_types(z.dtype, torch.float32)
 
 
-def _stack(z_a: Tensor, z_b: Tensor, rows: slice, columns: slice) -> Tensor:  # [2, rows, columns]
-    """A slab of both views, copied, in the dtype that everything is computed in."""
+def _stack(z_a: Tensor, z_b: Tensor, rows: slice, columns: slice, out: Tensor | None) -> Tensor:
+    """A slab of both views, [2, rows, columns], copied, in the dtype that everything is computed in."""
     if (rows, columns) != (_ALL, _ALL):
         z_a, z_b = z_a[rows, columns], z_b[rows, columns]
-    return torch.stack((z_a, z_b)).to(_compute_dtype(z_a))
+    if out is None or out.shape[1:] != z_a.shape:
+        out = z_a.new_empty(2, *z_a.shape, dtype=_compute_dtype(z_a))
+    return torch.stack((z_a, z_b), out=out)
+
+
+def _like(x: Tensor, last: Tensor | None) -> Tensor:
+    """Room for a tensor like ``x``: the ``last`` slab's, which costs no new pages, or new."""
+    return torch.empty_like(x) if last is None or last.shape != x.shape else last
 
 
 def _slabs(length: int, other: int) -> Iterator[slice]:
