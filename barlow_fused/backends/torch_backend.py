@@ -129,8 +129,8 @@ def gram(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[Ba
         for x_hat in slab.split(MIN_SLAB if bulk else d, dim=2):
             if 2 * n * n * x_hat.shape[2] <= ONEDNN_MIN_FLOPS:
                 k += torch.bmm(x_hat, x_hat.mT)
-            else:
-                for k_view, x_view in zip(k, x_hat, strict=True):
+            else:  # oneDNN takes seconds for a part of a slab, whose rows are apart
+                for k_view, x_view in zip(k, x_hat.contiguous(), strict=True):
                     for start in range(0, n, PANEL):  # rows of the lower triangle
                         stop = min(start + PANEL, n)
                         k_view[start:stop, :stop] += _matmul_t(x_view[start:stop], x_view[:stop], x.z_a.dtype)
