@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from numbers import Real
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,9 @@ from .function import Spec, apply
 from .normalization import Normalization, resolve_normalization
 from .plan import choose_backend, choose_route
 from .reference import BarlowTwinsTerms, reference_cross_correlation, reference_loss
+
+if TYPE_CHECKING:
+    from .distributed import Group
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -26,6 +31,9 @@ def barlow_twins_loss(
     route: str = "auto",
     backend: str = "auto",
     return_terms: bool = False,
+    group: Group | None = None,
+    gradient: str | None = None,
+    statistics: str = "global",
 ) -> Tensor | BarlowTwinsTerms:
     """The Barlow Twins loss (Zbontar et al. 2021, arXiv 2103.03230, Algorithm 1), exact, without the (D, D) matrix.
 
@@ -45,6 +53,21 @@ def barlow_twins_loss(
             ``"auto"`` (Gram where N <= D/2). Both give the same number; Gram loses precision as N nears or passes D.
         backend: ``"torch"``, ``"triton"``, ``"cuda"``, ``"reference"`` (plain PyTorch and autograd) or ``"auto"``.
         return_terms: also return the two sums.
+        group: the processes whose samples make up the batch: a ``torch.distributed`` process group, a one-dimensional
+            ``DeviceMesh``, or ``"world"`` for all processes. z_a and z_b are then this rank's samples, (n_r, D) with
+            n_r >= 1, as many as it has; N counts those of all ranks, and every rank gets the loss L of the whole batch.
+            Every rank must call, and call backward. None: this process's samples alone, whatever groups there are.
+        gradient: with a group, which gradient a rank gets; there is no default. DistributedDataParallel and FSDP
+            average the ranks' parameter gradients over the P ranks, and that average becomes
+
+            * ``"official"``: **1/P of** L's gradient. A rank gets dL/dz of its own samples, exactly, as in the paper's
+              code (an all-reduce that autograd does not see) and solo-learn.
+            * ``"lightly"``: L's gradient, as on one process. A rank gets **P times** dL/dz of its own samples, as in
+              lightly with ``gather_distributed=True`` and stable-pretraining (an all-reduce that autograd sees, which
+              differentiates the sum of the P ranks' losses).
+        statistics: with a group, which samples a feature is standardised over: ``"global"``, those of all ranks (the
+            paper's code, through SyncBatchNorm: the loss of one process with the whole batch), or ``"local"``, each
+            rank's own (lightly, solo-learn, stable-pretraining), where C is the mean of the ranks' C and n_r >= 2.
 
     Returns:
         The loss, a scalar in float32 (float64 for float64 inputs); with ``return_terms`` a named tuple
@@ -53,8 +76,17 @@ def barlow_twins_loss(
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
-        RuntimeError: the backend asked for cannot run here, or a second derivative was asked for.
+        RuntimeError: the backend asked for cannot run here, or a second derivative was asked for; with a group, another
+            rank's arguments were invalid, or a rank was lost (torch.distributed's own error).
     """
+    _check_options(group, gradient, statistics)
+    process_group = _process_group(group)
+    if process_group is not None and process_group.size() > 1:
+        from . import distributed
+
+        options = (lambd, scale, normalization, eps, route, backend, gradient, statistics)
+        terms = distributed.apply(z_a, z_b, distributed.Options(*options), process_group)
+        return terms if return_terms else terms.loss
     _check_inputs(z_a, z_b)
     lambd, scale = _number("lambd", lambd), _number("scale", scale)
     convention = resolve_normalization(normalization, eps)
@@ -85,11 +117,15 @@ class BarlowTwinsLoss(nn.Module):
         route: str = "auto",
         backend: str = "auto",
         return_terms: bool = False,
+        group: Group | None = None,
+        gradient: str | None = None,
+        statistics: str = "global",
     ) -> None:
         super().__init__()
         resolve_normalization(normalization, eps)
         choose_backend(backend)
         choose_route(route)
+        _check_options(group, gradient, statistics)
         self.lambd = _number("lambd", lambd)
         self.scale = _number("scale", scale)
         self.normalization = normalization
@@ -97,6 +133,9 @@ class BarlowTwinsLoss(nn.Module):
         self.route = route
         self.backend = backend
         self.return_terms = return_terms
+        self.group = group
+        self.gradient = gradient
+        self.statistics = statistics
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor | BarlowTwinsTerms:  # [N, D], [N, D] -> []
         """The loss of two views' projector outputs."""
@@ -110,13 +149,24 @@ class BarlowTwinsLoss(nn.Module):
             route=self.route,
             backend=self.backend,
             return_terms=self.return_terms,
+            group=self.group,
+            gradient=self.gradient,
+            statistics=self.statistics,
         )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BarlowTwinsLoss:
+        memo[id(self.group)] = self.group  # shared: processes cannot be copied
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
 
     def extra_repr(self) -> str:
         eps = "" if self.eps is None else f", eps={self.eps:g}"
+        several = "" if self.group is None else f", gradient={self.gradient!r}, statistics={self.statistics!r}"
         return (
             f"lambd={self.lambd:g}, scale={self.scale:g}, normalization={self.normalization!r}{eps}, "
-            f"route={self.route!r}, backend={self.backend!r}"
+            f"route={self.route!r}, backend={self.backend!r}{several}"
         )
 
 
@@ -138,7 +188,23 @@ def cross_correlation(
         return reference_cross_correlation(z_a.to(dtype), z_b.to(dtype), convention)
 
 
-def _check_inputs(z_a: Tensor, z_b: Tensor) -> None:
+def _check_options(group: Group | None, gradient: str | None, statistics: str) -> None:
+    if group is not None or gradient is not None or statistics != "global":
+        from . import distributed  # not everyone needs it, and it imports much
+
+        distributed.check_options(group, gradient, statistics)
+
+
+def _process_group(group: Group | None) -> Any:
+    """The process group that is meant by the argument; None without one."""
+    if group is None:
+        return None
+    from . import distributed
+
+    return distributed.resolve_group(group)
+
+
+def _check_inputs(z_a: Tensor, z_b: Tensor, min_samples: int = 2) -> None:
     for name, z in (("z_a", z_a), ("z_b", z_b)):
         if not isinstance(z, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(z).__name__}")
@@ -155,8 +221,12 @@ def _check_inputs(z_a: Tensor, z_b: Tensor) -> None:
     if z_a.device != z_b.device:
         raise ValueError(f"z_a and z_b must be on the same device, got {z_a.device} and {z_b.device}")
     n, d = z_a.shape
-    if n < 2:
-        raise ValueError(f"z_a and z_b must have at least 2 samples (N >= 2), got N = {n}")
+    if n < min_samples:
+        raise ValueError(
+            f"z_a and z_b must have at least {min_samples} samples (N >= {min_samples}), got N = {n}"
+            if min_samples > 1
+            else "z_a and z_b must have at least 1 sample on every rank, got 0"
+        )
     if d < 1:
         raise ValueError(f"z_a and z_b must have at least 1 feature (D >= 1), got D = {d}")
 

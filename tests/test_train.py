@@ -249,21 +249,37 @@ def test_weights_that_are_not_finite_are_never_the_last_good_checkpoint(tmp_path
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 0
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_finishes_the_step_and_writes_a_checkpoint(signum, tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def signal_in_step_3(monkeypatch):
+    """Raises a signal amid the third step of a run of 32 images a step."""
     two_views = data.two_views
 
-    def interrupted_views(images, seed, step):
-        if step == 2 and len(images) == 32:
-            signal.raise_signal(signum)
-        return two_views(images, seed, step)
+    def set_up(signum):
+        def interrupted_views(images, seed, step):
+            if step == 2 and len(images) == 32:
+                signal.raise_signal(signum)
+            return two_views(images, seed, step)
 
-    monkeypatch.setattr(data, "two_views", interrupted_views)
-    assert main([*TINY, "--out", str(tmp_path)]) == 128 + signum
-    assert f"{signum.name} after step 3" in capsys.readouterr().err
+        monkeypatch.setattr(data, "two_views", interrupted_views)
+
+    return set_up
+
+
+def test_ctrl_c_finishes_the_step_and_writes_a_checkpoint(signal_in_step_3, tmp_path, capsys):
+    signal_in_step_3(signal.SIGINT)
+    assert main([*TINY, "--out", str(tmp_path)]) == 130
+    assert "SIGINT after step 3" in capsys.readouterr().err
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 3
     assert len(read_metrics(tmp_path)) == 3
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_sigterm_does_the_same(signal_in_step_3, tmp_path):
+    signal_in_step_3(signal.SIGTERM)
+    with pytest.raises(trainer.Interrupted, match="SIGTERM after step 3") as stopped:
+        short_fit(tmp_path)
+    assert stopped.value.signum == signal.SIGTERM
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 3
 
 
 def test_a_second_ctrl_c_stops_at_once():

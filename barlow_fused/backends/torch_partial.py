@@ -1,0 +1,234 @@
+"""The torch backend's operations on one rank's part of a batch: what distributed.py is composed of.
+
+A part is either all samples of some features (Gram route) or all features of some samples (direct route). Sums that go
+over the ranks are left undivided. Operations work on one view at a time where they can, so that the other view can
+travel meanwhile:
+
+    moments(z, sizes)                     -> [3, S, D]     mean, what rounding left of it, and variance
+    View(z, moments, ...)                                  a view and what standardises it
+    partial_gram(view, total_d)           -> panels, tau   K's lower triangle, summed over the features that are here
+    join_gram(flats, taus, ...)           -> <K_a, K_b>, product    from the sums over the ranks
+    diagonal(a, b)                        -> [D]           A_hat * B_hat, summed over the samples that are here
+    partial_correlate(a, b)               -> [D, D]        A_hat^T B_hat, likewise
+    input_grad(own, other, product, ...)  -> dL/dz         of one view
+
+Samples form S segments, each standardised by itself: one with the statistics of the global batch, one a rank with those
+of each rank. A segment of n samples may have the weight w, which its standardised features carry as sqrt(w).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..normalization import Normalization
+from .torch_backend import (
+    BULK_RATIO,
+    FEW_SAMPLES,
+    MIN_SLAB,
+    PANEL,
+    _compute_dtype,
+    _cut,
+    _matmul_t,
+    _slabs,
+)
+
+
+class Segments(NamedTuple):
+    """How the samples of a part are standardised: in S segments."""
+
+    sizes: tuple[int, ...]  # samples of each segment that are here
+    counts: tuple[int, ...]  # samples that each segment's statistics are taken over
+    weights: tuple[float, ...]
+
+
+def moments(z: Tensor, sizes: tuple[int, ...]) -> Tensor:  # [N, D] -> [3, S, D]
+    """Each feature's mean, what rounding left of it, and biased variance, over each segment of samples."""
+    n, d = z.shape
+    result = z.new_empty(3, len(sizes), d, dtype=_compute_dtype(z))
+    for s in _slabs(d, n):
+        mean, shift, var = _cut(result, s)  # each (S, columns)
+        for segment, x in enumerate(z[:, s].to(result.dtype, copy=True).split(sizes)):
+            x -= torch.mean(x, 0, out=mean[segment])
+            x -= torch.mean(x, 0, out=shift[segment])
+            torch.mean(x.square_(), 0, out=var[segment])
+    return result
+
+
+class View:
+    """A view and what it takes to standardise it: x_hat = (z - mean) * rstd + shift, sqrt(w) within."""
+
+    def __init__(
+        self,
+        z: Tensor,  # [N, D]
+        moments: Tensor | None,  # [3, S, D]; None: the inputs are used as they are
+        normalization: Normalization | None,
+        segments: Segments,
+    ) -> None:
+        self.z = z
+        self.dtype = _compute_dtype(z)
+        self.normalization = normalization
+        self.segments = segments
+        if moments is None:
+            return
+        self.moments = moments
+        self.mean, residual, self.var = moments.unbind()  # (S, D) each
+        parts = list(zip(self.var, segments.counts, segments.weights, strict=True))
+        self.plain_rstd = torch.stack([normalization.rstd(var, n) for var, n, _ in parts])
+        self.rstd = self.plain_rstd * self._per_segment([w**0.5 for w in segments.weights])
+        self.shift = -residual * self.rstd
+
+    def _per_segment(self, values: list[float]) -> Tensor:  # [S, 1]
+        return torch.tensor(values, dtype=self.dtype, device=self.z.device)[:, None]
+
+    def slab(self, columns: slice) -> Tensor:  # [N, columns]
+        """Standardised features, in the dtype that everything is computed in."""
+        x = self.z[:, columns].to(self.dtype, copy=True)
+        if self.normalization is None:
+            return x
+        mean, shift, rstd = (self.rows(_cut(t, columns)) for t in (self.mean, self.shift, self.rstd))
+        return torch.addcmul(shift, x.sub_(mean), rstd, out=x)
+
+    def rows(self, per_segment: Tensor) -> Tensor:  # [S, D] -> [1, D] or [N, D]
+        """Numbers of a segment, for each of its samples."""
+        return per_segment if len(self.segments.sizes) == 1 else per_segment.index_select(0, self._segment_of_row)
+
+    def means(self, x: Tensor) -> Tensor:  # [N, D] -> [S, D]
+        """The mean over each segment's samples."""
+        return torch.stack([part.mean(0) for part in x.split(self.segments.sizes)])
+
+    @functools.cached_property
+    def _segment_of_row(self) -> Tensor:  # [N]
+        sizes = torch.tensor(self.segments.sizes, device=self.z.device)
+        return torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes, output_size=len(self.z))
+
+    @functools.cached_property
+    def kappa(self) -> Tensor:  # [S, D] or [S, 1]
+        """The weight of the variance's part in the gradient (normalization.py), over w."""
+        parts = zip(self.var, self.segments.counts, self.segments.weights, strict=True)
+        kappas = [torch.as_tensor(self.normalization.kappa(var, n) / w, dtype=self.dtype) for var, n, w in parts]
+        return torch.stack(kappas).reshape(len(kappas), -1).to(self.var.device)
+
+    @functools.cached_property
+    def power(self) -> Tensor:  # [S, D]
+        """How much each feature has of K's bulk."""
+        counts = self._per_segment([n / (n - 1) for n in self.segments.counts])
+        return (self.var * self.rstd.square()).mul_(counts)
+
+
+def partial_gram(view: View, total_d: int) -> tuple[Tensor, Tensor]:
+    """K = X_hat X_hat^T less its bulk (torch_backend._bulk), summed over the features that are here; N^2 D FLOPs.
+
+    Returns the lower triangle's panels, flat, and tau, (S,) float64: the bulk tau_s I that was taken out of each
+    segment's diagonal block, zero where ``total_d``, the features of all ranks, are not many more than the samples.
+    """
+    n, d = view.z.shape
+    dtype = torch.float64 if n < FEW_SAMPLES else view.dtype
+    flat = view.z.new_zeros(sum(panel_sizes(n)), dtype=dtype)
+    tau = view.z.new_zeros(len(view.segments.sizes), dtype=torch.float64)
+    bulk = takes_bulk(view.normalization, n, total_d)
+    for s in _slabs(d, n):
+        power = _cut(view.power, s).split(MIN_SLAB, dim=1) if bulk else None
+        for i, x_hat in enumerate(view.slab(s).split(MIN_SLAB if bulk else max(d, 1), dim=1)):
+            part = power[i].sum(1, dtype=torch.float64) if bulk else None  # (S,)
+            for start, stop, panel in panels(flat, n):
+                panel += _matmul_t(x_hat[start:stop], x_hat[:stop], view.z.dtype)
+                if bulk:
+                    panel.diagonal(start).sub_(view.rows(part[:, None]).expand(n, 1)[start:stop, 0])
+            if bulk:
+                tau += part
+    return flat, tau
+
+
+def takes_bulk(normalization: Normalization | None, n: int, total_d: int) -> bool:
+    """Whether K's bulk is taken out of it: the same on every rank."""
+    return normalization is not None and total_d >= BULK_RATIO * n
+
+
+def panel_sizes(n: int) -> list[int]:
+    """Elements of the panels of PANEL rows that hold the lower triangle of an (n, n) matrix."""
+    return [(min(start + PANEL, n) - start) * min(start + PANEL, n) for start in range(0, n, PANEL)]
+
+
+def panels(flat: Tensor, n: int) -> Iterator[tuple[int, int, Tensor]]:
+    """(start, stop, the panel of rows start:stop and columns :stop)."""
+    for start, panel in zip(range(0, n, PANEL), flat.split(panel_sizes(n)), strict=True):
+        stop = min(start + PANEL, n)
+        yield start, stop, panel.view(stop - start, stop)
+
+
+def join_gram(
+    flats: tuple[Tensor, Tensor],  # panels of K_a and K_b, summed over the ranks
+    taus: Tensor,  # [2, S], summed over the ranks
+    sizes: tuple[int, ...],  # of the segments
+    total_d: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """<K_a, K_b> in float64, and the backward pass's product, (2, N, N): (K - tau_s (I - 1 1^T / n_s)) / D."""
+    n = sum(sizes)
+    product = flats[0].new_empty(2, n, n, dtype=dtype)
+    inner = 0.0
+    for (start, stop, k_a), (_, _, k_b) in zip(*(panels(flat, n) for flat in flats), strict=True):
+        inner = inner + 2 * (k_a[:, :start] * k_b[:, :start]).sum(dtype=torch.float64)
+        inner = inner + (k_a[:, start:] * k_b[:, start:]).sum(dtype=torch.float64)
+        for k, panel in zip(product, (k_a, k_b), strict=True):
+            k[start:stop, :stop] = panel
+            k[:start, start:stop] = panel[:, :start].T
+    start = 0
+    diagonals = torch.cat([torch.stack([k.diagonal(s) for k in ks]) for s, *ks in _pairs(flats, n)], 1).double()
+    for segment, size in enumerate(sizes):
+        rows = slice(start, start + size)
+        tau = taus[:, segment]
+        inner = inner + torch.dot(diagonals[:, rows].sum(1), tau.flip(0)) + size * tau.prod()
+        product[:, rows, rows] += (tau / size).to(dtype)[:, None, None]
+        start += size
+    return inner, product.div_(total_d)
+
+
+def _pairs(flats: tuple[Tensor, Tensor], n: int) -> Iterator[tuple[int, Tensor, Tensor]]:
+    for (start, _, k_a), (_, _, k_b) in zip(*(panels(flat, n) for flat in flats), strict=True):
+        yield start, k_a, k_b
+
+
+def diagonal(a: View, b: View) -> Tensor:  # [D]
+    """The sum over the samples that are here of A_hat * B_hat."""
+    n, d = a.z.shape
+    return torch.cat([(a.slab(s) * b.slab(s)).sum(0) for s in _slabs(d, n)])
+
+
+def partial_correlate(a: View, b: View) -> Tensor:  # [D, D]
+    """A_hat^T B_hat over the samples that are here; 2 N D^2 FLOPs."""
+    return _matmul_t(a.slab(slice(None)).T, b.slab(slice(None)).T, a.z.dtype)
+
+
+def input_grad(
+    own: View,
+    other: View,
+    product: Tensor,  # Gram: the other view's (N, N) matrix; direct: C with its diagonal set to 0 (its transpose for b)
+    route: str,
+    alpha: Tensor,  # [] weight of the product
+    d: Tensor,  # [D] weight of the other view
+    tau: Tensor | None = None,  # [S] Gram: the other view's bulk, over D
+    mean: Tensor | None = None,  # [1, D] mean_n(X_hat * g) over the global batch, where its samples are not all here
+) -> Tensor:  # [N, D]
+    """dL/dz of one view, ``own``, from its two parts: g = alpha * P + d * other, and the normalisation's backward pass.
+
+    grad = rstd * (g - kappa * mean_n(X_hat * g) * X_hat), and what the normalisation leaves of the bulk.
+    """
+    n, features = own.z.shape
+    grad = torch.empty_like(own.z)
+    for s in _slabs(features, n) if route == "gram" else (slice(None),):
+        x, y = own.slab(s), other.slab(s)
+        g = _matmul_t(product, x.T, own.z.dtype) if route == "gram" else _matmul_t(y, product, own.z.dtype)
+        g = g.mul_(alpha).addcmul_(y, _cut(d, s))
+        if own.normalization is not None:
+            factor = _cut(own.kappa.expand_as(own.var), s) * (own.means(x * g) if mean is None else _cut(mean, s))
+            if tau is not None:
+                factor -= own.normalization.remainder(_cut(own.plain_rstd, s)) * (alpha * tau).to(factor)[:, None]
+            g = g.addcmul_(x, own.rows(factor), value=-1).mul_(own.rows(_cut(own.rstd, s)))
+        grad[:, s] = g
+    return grad

@@ -1,0 +1,633 @@
+"""What every process of tests/test_distributed.py runs, under torchrun:
+
+    torchrun --standalone --nproc-per-node 3 tests/distributed_checks.py results.json
+
+Each check runs on every rank and raises where something is wrong. Rank 0 writes, for each check, what went wrong on
+which rank (nothing, if all is well). The group's timeout turns a hang into a failure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import datetime
+import functools
+import importlib.util
+import json
+import math
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
+import torch.utils.checkpoint
+from cases import NORMALIZATIONS, error, views
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from barlow_fused import BarlowTwinsLoss, Normalization, barlow_twins_loss
+from barlow_fused.backends import torch_partial
+from barlow_fused.reference import reference_loss, standardize
+
+TIMEOUT = datetime.timedelta(seconds=60)
+BATCH_NORM = Normalization()
+CHECKS: dict[str, Callable[[], None]] = {}
+
+# N over all ranks, D: fewer features than ranks, odd sizes, more samples than a panel, K's bulk, aligned shards
+SHAPES = [(8, 1), (8, 3), (9, 31), (17, 100), (11, 301), (8, 1000), (300, 70), (40, 12)]
+
+
+def check(function: Callable[[], None]) -> Callable[[], None]:
+    CHECKS[function.__name__] = function
+    return function
+
+
+def split(n: int, ranks: int | None = None) -> list[int]:
+    """Samples of each rank: unequal where n is not a multiple."""
+    ranks = ranks or dist.get_world_size()
+    return [n // ranks + (rank < n % ranks) for rank in range(ranks)]
+
+
+def own(z: Tensor, sizes: list[int] | None = None) -> Tensor:
+    """This rank's samples, ready to be differentiated."""
+    return z.split(sizes or split(len(z)))[dist.get_rank()].detach().clone().requires_grad_()
+
+
+def global_oracle(
+    z_a: Tensor, z_b: Tensor, sizes: list[int], convention: Normalization | None, lambd: float, scale: float
+) -> tuple[tuple[Tensor, ...], float]:
+    """(loss, on_diag, off_diag, grad_a, grad_b) of the whole batch in float64 by autograd, and the gradient's size.
+
+    Samples are standardised in segments of the given sizes. The size is that of the gradient before the standardisation
+    cancels most of it, which it does with very few samples in a segment; elsewhere it is 0.
+    """
+    inputs = [z.detach().double().requires_grad_() for z in (z_a, z_b)]
+    hats = [torch.cat([standardize(part, convention) for part in z.split(sizes)]) for z in inputs]
+    weight = torch.cat([torch.full((n, 1), 1 / (n * len(sizes)), dtype=torch.float64) for n in sizes])
+    c = (hats[0] * weight).T @ hats[1]
+    on_diag = (c.diagonal() - 1).square().sum()
+    off_diag = (c - c.diagonal().diag_embed()).square().sum()
+    loss = scale * (on_diag + lambd * off_diag)
+    *grads, g_a, g_b = torch.autograd.grad(loss, (*inputs, *hats))
+    size = 0.0
+    if convention is not None and min(sizes) <= max(3, 1 + z_a.shape[1] / 256):
+        for z, g in zip(inputs, (g_a, g_b), strict=True):
+            rstd = [convention.rstd(x.var(0, correction=0), len(x)).expand_as(x) for x in z.split(sizes)]
+            size = max(size, (g * torch.cat(rstd)).norm().item())
+    return tuple(t.detach() for t in (loss, on_diag, off_diag, *grads)), size
+
+
+def assert_equal_to_oracle(
+    n: int, d: int, dtype: torch.dtype, tolerance: float, route: str, gradient: str, statistics: str,
+    convention: Any = BATCH_NORM, sizes: list[int] | None = None, group: Any = "world",
+) -> None:  # fmt: skip
+    z_a, z_b = views(n, d, dtype)
+    sizes = sizes or split(n)
+    weights = {"lambd": 0.02, "scale": 3.0}
+    want, size = global_oracle(z_a, z_b, sizes if statistics == "local" else [n], convention, **weights)
+    a, b = own(z_a, sizes), own(z_b, sizes)
+    terms = barlow_twins_loss(
+        a, b, **weights, normalization=convention or "none", route=route, return_terms=True,
+        group=group, gradient=gradient, statistics=statistics,
+    )  # fmt: skip
+    grads = torch.autograd.grad(terms.loss, (a, b))
+    factor = dist.get_world_size() if gradient == "lightly" else 1
+    where = f"N={n} D={d} {dtype} {route} {gradient} {statistics} {convention}"
+    for name, got, ref in zip(terms._fields, terms, want, strict=False):
+        value = error(got, ref, at_least=d)
+        assert value < tolerance, f"{name}: {value:.1e} at {where}"
+    for name, got, ref in zip(("grad_a", "grad_b"), grads, want[3:], strict=True):
+        assert got.dtype == dtype
+        whole = torch.zeros(n, d, dtype=torch.float64)
+        whole.split(sizes)[dist.get_rank()].copy_(got)
+        dist.all_reduce(whole)
+        value = error(whole, ref * factor, at_least=size * factor)
+        assert value < tolerance, f"{name}: {value:.1e} at {where}"
+
+
+ALL = [(r, g, s) for r in ("gram", "direct") for g in ("official", "lightly") for s in ("global", "local")]
+
+
+@check
+def float64_equals_one_process() -> None:
+    for n, d in SHAPES:
+        for options in ALL:
+            assert_equal_to_oracle(n, d, torch.float64, 1e-12, *options)
+
+
+@check
+def float32_equals_one_process() -> None:
+    for n, d in SHAPES:
+        for options in ALL:
+            assert_equal_to_oracle(n, d, torch.float32, 1e-5, *options)
+
+
+@check
+def every_convention_and_uneven_batches() -> None:
+    ranks = dist.get_world_size()
+    sizes = [2 + 3 * rank for rank in range(ranks)]
+    for convention in NORMALIZATIONS.values():
+        for route, gradient, statistics in ALL:
+            if convention is None and statistics == "local":
+                continue  # nothing is standardised
+            arguments = (route, gradient, statistics, convention)
+            assert_equal_to_oracle(sum(sizes), 31, torch.float64, 1e-12, *arguments, sizes)
+            assert_equal_to_oracle(sum(sizes), 31, torch.float32, 1e-5, *arguments, sizes)
+
+
+@check
+def half_precision() -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        for options in ALL:
+            assert_equal_to_oracle(16, 301, dtype, 5e-3, *options)
+            assert_equal_to_oracle(16, 20, dtype, 5e-3, *options)
+
+
+@check
+def one_process_is_the_local_loss_bit_for_bit() -> None:
+    alone = [dist.new_group([rank]) for rank in range(dist.get_world_size())][dist.get_rank()]
+    for n, d in SHAPES:
+        for route, gradient, statistics in ALL:
+            z_a, z_b = (z.requires_grad_() for z in views(n, d))
+            local = barlow_twins_loss(z_a, z_b, route=route)
+            other = barlow_twins_loss(z_a, z_b, route=route, group=alone, gradient=gradient, statistics=statistics)
+            assert torch.equal(local, other)
+            want, got = (torch.autograd.grad(loss, (z_a, z_b)) for loss in (local, other))
+            assert all(map(torch.equal, want, got))
+
+
+@check
+def every_rank_gets_the_same_bits() -> None:
+    for route in ("gram", "direct"):
+        loss = barlow_twins_loss(*map(own, views(33, 70)), route=route, group="world", gradient="official")
+        losses = [torch.empty(()) for _ in range(dist.get_world_size())]
+        dist.all_gather(losses, loss.detach())
+        assert all(torch.equal(other, loss) for other in losses)
+
+
+@check
+def ranks_choose_the_route_by_the_samples_of_all() -> None:
+    ranks = dist.get_world_size()
+    n, d = 4 * ranks, 8 * ranks  # N = D/2, just the Gram route; for one rank's samples it would be in any case
+    for extra, expected in ((0, "gram"), (ranks, "direct")):
+        z_a, z_b = map(own, views(n + extra, d))
+        with recorded() as calls:
+            barlow_twins_loss(z_a, z_b, group="world", gradient="official")
+        exchanged = any(name == "all_to_all_single" for name, *_ in calls)
+        assert exchanged == (expected == "gram" and ranks > 1)
+
+
+@contextmanager
+def recorded() -> Iterator[list[tuple[str, torch.dtype, int]]]:
+    """The collectives of a block: (name, dtype, elements of this rank's input)."""
+    calls: list[tuple[str, torch.dtype, int]] = []
+    saved = {}
+
+    def wrap(name: str, position: int) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append((name, args[position].dtype, args[position].numel()))
+            return saved[name](*args, **kwargs)
+
+        return call
+
+    for name, position in (("all_reduce", 0), ("all_gather_into_tensor", 1), ("all_to_all_single", 1)):
+        saved[name] = getattr(dist, name)
+        setattr(dist, name, wrap(name, position))
+    try:
+        yield calls
+    finally:
+        for name, function in saved.items():
+            setattr(dist, name, function)
+
+
+@check
+def number_and_size_of_collectives() -> None:
+    ranks = dist.get_world_size()
+    if ranks == 1:
+        z_a, z_b = map(own, views(6, 40))
+        with recorded() as calls:
+            barlow_twins_loss(z_a, z_b, group="world", gradient="official").backward()
+        assert calls == []
+        return
+    n, d = 320 * ranks, 64 * ranks
+    local = n // ranks
+    triangle = sum(torch_partial.panel_sizes(n))  # of K
+    assert n * (n + 1) / 2 <= triangle <= n * (n + torch_partial.PANEL) / 2
+    header = ("all_gather_into_tensor", torch.int64, 15)
+    for gradient in ("official", "lightly"):
+        name = "all_gather_into_tensor" if gradient == "official" else "all_reduce"
+        weights = [(name, torch.float64, 3)]
+        for dtype in (torch.float32, torch.bfloat16):
+            for statistics, segments in (("global", 1), ("local", ranks)):
+                z_a, z_b = (own(z) for z in views(n, d, dtype))
+                arguments = {"group": "world", "gradient": gradient, "statistics": statistics}
+                with recorded() as forward:
+                    loss = barlow_twins_loss(z_a, z_b, route="gram", **arguments)
+                with recorded() as backward:
+                    loss.backward()
+                inputs = [("all_to_all_single", dtype, local * d)] * 2
+                sums = [("all_reduce", torch.float32, triangle)] * 2
+                assert forward == [header, *inputs, *sums, ("all_reduce", torch.float64, 2 + 2 * segments)], forward
+                assert backward == [*weights, *inputs], backward
+
+                with recorded() as forward:
+                    loss = barlow_twins_loss(z_a, z_b, route="direct", **arguments)
+                with recorded() as backward:
+                    loss.backward()
+                moments = [("all_gather_into_tensor", torch.float64, 4 * d)] if statistics == "global" else []
+                assert forward == [header, *moments, ("all_reduce", torch.float32, d * d + d)], forward
+                assert backward == (weights if gradient == "lightly" else []), backward
+
+
+# The conventions, by the code that they are named after
+
+
+def official_code(z_a: Tensor, z_b: Tensor, lambd: float) -> Tensor:
+    """facebookresearch/barlowtwins, main.py: SyncBatchNorm without an affine part, C summed past autograd.
+
+    PyTorch's SyncBatchNorm runs on GPUs only; these are its sums, which its backward pass sums over the ranks likewise.
+    """
+    count = torch.tensor(float(len(z_a)))
+    dist.all_reduce(count)
+
+    def bn(z: Tensor) -> Tensor:
+        mean = dist_nn.all_reduce(z.sum(0)) / count
+        var = dist_nn.all_reduce((z - mean).square().sum(0)) / count
+        return (z - mean) * (var + 1e-5).rsqrt()
+
+    c = bn(z_a).T @ bn(z_b)
+    c.div_(count.item())
+    dist.all_reduce(c)
+    on_diag = torch.diagonal(c).add_(-1).pow_(2).sum()
+    off_diag = off_diagonal(c).pow_(2).sum()
+    return on_diag + lambd * off_diag
+
+
+def off_diagonal(x: Tensor) -> Tensor:
+    n, m = x.shape
+    assert n == m
+    return x.flatten()[:-1].view(n - 1, n + 1)[:, 1:].flatten()
+
+
+def lightly_code(z_a: Tensor, z_b: Tensor, lambd: float) -> Tensor:
+    return module_of("lightly", "loss/barlow_twins_loss.py").BarlowTwinsLoss(lambd, gather_distributed=True)(z_a, z_b)
+
+
+def solo_learn_code(z_a: Tensor, z_b: Tensor, lambd: float) -> Tensor:
+    return module_of("solo", "losses/barlow.py").barlow_loss_func(z_a, z_b, lambd, scale_loss=1.0)
+
+
+@functools.cache
+def module_of(package: str, path: str) -> Any:
+    """One file of an installed library, without the rest, which takes seconds to import."""
+    root = importlib.util.find_spec(package).submodule_search_locations[0]
+    spec = importlib.util.spec_from_file_location(f"{package}_one_file", f"{root}/{path}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+PEERS = {  # gradient, statistics
+    official_code: ("official", "global"),
+    lightly_code: ("lightly", "local"),
+    solo_learn_code: ("official", "local"),
+}
+
+
+@check
+def agrees_with_the_official_code_lightly_and_solo_learn() -> None:
+    torch.set_default_dtype(torch.float64)  # solo-learn's
+    ranks = dist.get_world_size()
+    for code, (gradient, statistics) in PEERS.items():
+        for d in (31, 100, 4):
+            for sizes in ([5] * ranks, [3 + 2 * rank for rank in range(ranks)]):
+                inputs = [own(z, sizes) for z in views(sum(sizes), d, torch.float64)]
+                loss = code(*inputs, 0.02)
+                want = (loss.detach(), *torch.autograd.grad(loss, inputs))
+                for route in ("gram", "direct"):
+                    loss = barlow_twins_loss(
+                        *inputs, 0.02, route=route, group="world", gradient=gradient, statistics=statistics
+                    )
+                    got = (loss.detach(), *torch.autograd.grad(loss, inputs))
+                    errors = [error(x, y) for x, y in zip(got, want, strict=True)]
+                    assert max(errors) < 1e-11, f"{code.__name__} {route} D={d} {sizes}: {errors}"
+    torch.set_default_dtype(torch.float32)
+
+
+@check
+def ranks_may_weigh_the_loss_and_its_terms_differently() -> None:
+    """As with the code that each convention is named after: a rank's own weights, or the sum of all ranks'."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    weights = torch.tensor([1.0 + rank, -2.0 * rank, 0.5 * (rank % 2)], dtype=torch.float64)
+    summed = weights.clone()
+    dist.all_reduce(summed)
+    n, d = 6 * ranks, 31
+    z_a, z_b = views(n, d, torch.float64)
+    a, b = (z.requires_grad_() for z in (z_a.clone(), z_b.clone()))
+    terms = torch.stack(reference_loss(a, b))
+    for gradient, used in (("official", weights), ("lightly", summed)):
+        want = torch.autograd.grad(terms @ used, (a, b), retain_graph=True)
+        for route in ("gram", "direct"):
+            inputs = own(z_a), own(z_b)
+            got = barlow_twins_loss(*inputs, route=route, return_terms=True, group="world", gradient=gradient)
+            grads = torch.autograd.grad(torch.stack(got) @ weights, inputs)
+            for x, y in zip(grads, want, strict=True):
+                assert error(x, y.split(split(n))[rank]) < 1e-11, (gradient, route)
+
+
+@check
+def each_term_alone_is_differentiable() -> None:
+    n, d = 4 * dist.get_world_size(), 31
+    z_a, z_b = views(n, d, torch.float64)
+    a, b = (z.clone().requires_grad_() for z in (z_a, z_b))
+    want = [torch.autograd.grad(term, (a, b), retain_graph=True) for term in reference_loss(a, b)]
+    for route in ("gram", "direct"):
+        for index in range(3):
+            inputs = own(z_a), own(z_b)
+            terms = barlow_twins_loss(*inputs, route=route, return_terms=True, group="world", gradient="official")
+            for x, y in zip(torch.autograd.grad(terms[index], inputs), want[index], strict=True):
+                assert error(x, y.split(split(n))[dist.get_rank()]) < 1e-11
+
+
+@check
+def gradients_only_where_they_are_needed() -> None:
+    for route in ("gram", "direct"):
+        arguments = {"route": route, "group": "world", "gradient": "official"}
+        a, b = map(own, views(9, 31, torch.float64))
+        loss = barlow_twins_loss(a, b, **arguments)
+        grad_a, grad_b = torch.autograd.grad(loss, (a, b))
+        assert error(barlow_twins_loss(a.detach(), b.detach(), **arguments), loss) < 1e-14
+        with torch.no_grad():
+            assert not barlow_twins_loss(a, b, **arguments).requires_grad
+        assert error(torch.autograd.grad(barlow_twins_loss(a, b.detach(), **arguments), a)[0], grad_a) < 1e-14
+        assert error(torch.autograd.grad(barlow_twins_loss(a.detach(), b, **arguments), b)[0], grad_b) < 1e-14
+
+
+@check
+def any_strides() -> None:
+    z_a, z_b = map(own, views(9, 31, torch.float64))
+    for route in ("gram", "direct"):
+        loss = functools.partial(barlow_twins_loss, route=route, group="world", gradient="official")
+        want = torch.autograd.grad(loss(z_a, z_b), (z_a, z_b))
+        a, b = (z.detach().T.contiguous().T.requires_grad_() for z in (z_a, z_b))
+        got = torch.autograd.grad(loss(a, b), (a, b))
+        assert all(error(x, y) < 1e-14 for x, y in zip(got, want, strict=True))
+
+
+# Groups
+
+
+@check
+def any_process_group() -> None:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    members = list(range(ranks))[::-1][: max(1, ranks - 1)]  # all but rank 0
+    group = dist.new_group(members)
+    mesh = init_device_mesh("cpu", (ranks,))
+    z_a, z_b = views(12, 31, torch.float64)
+    want = reference_loss(z_a, z_b).loss
+    for route in ("gram", "direct"):
+        arguments = {"route": route, "gradient": "official"}
+        for whole in (mesh, "world", dist.group.WORLD):
+            assert error(barlow_twins_loss(own(z_a), own(z_b), group=whole, **arguments), want) < 1e-13
+        if rank in members:
+            sizes = split(12, len(members))
+            mine = [z.split(sizes)[dist.get_rank(group)] for z in (z_a, z_b)]
+            assert error(barlow_twins_loss(*mine, group=group, **arguments), want) < 1e-13
+        else:
+            with raises(ValueError, "not a member of group"):
+                barlow_twins_loss(z_a, z_b, group=group, **arguments)
+    assert error(barlow_twins_loss(z_a, z_b), want) < 1e-13  # without a group, this process's samples alone
+
+
+# What goes wrong on one rank
+
+
+@contextmanager
+def raises(kind: type[Exception], message: str) -> Iterator[None]:
+    problem = None
+    try:
+        yield
+    except Exception as error:
+        problem = error
+    assert isinstance(problem, kind), f"expected {kind.__name__}, got {problem!r}"
+    assert message in str(problem), f"expected {message!r} in {problem}"
+
+
+@check
+def disagreement_is_an_error_on_every_rank() -> None:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    odd = rank == ranks - 1 > 0  # the last rank differs from the others
+    if ranks == 1:
+        return
+
+    def z(d: int = 31, dtype: torch.dtype = torch.float32, grad: bool = True) -> Tensor:
+        return torch.randn(4, d, dtype=dtype).requires_grad_(grad)
+
+    def call(z_a: Tensor, z_b: Tensor, **kwargs: Any) -> None:
+        barlow_twins_loss(z_a, z_b, **{"group": "world", "gradient": "official", **kwargs})
+
+    last = f"on rank {ranks - 1}"
+    with raises(ValueError, f"disagree on D: 31 on rank 0, 32 {last}"):
+        call(z(31 + odd), z(31 + odd))
+    with raises(ValueError, f"disagree on dtype: torch.float32 on rank 0, torch.bfloat16 {last}"):
+        dtype = torch.bfloat16 if odd else torch.float32
+        call(z(dtype=dtype), z(dtype=dtype))
+    with raises(ValueError, f"disagree on the gradient of z_b: needed on rank 0, not needed {last}"):
+        call(z(), z(grad=not odd))
+    with raises(ValueError, "disagree on the gradient of z_a: needed"), torch.set_grad_enabled(not odd):
+        call(z(), z())
+    with raises(ValueError, f"disagree on lambd: 0.0051 on rank 0, 0.1 {last}"):
+        call(z(), z(), lambd=0.1 if odd else 0.0051)
+    with raises(ValueError, f"disagree on scale: 1 on rank 0, 2 {last}"):
+        call(z(), z(), scale=2.0 if odd else 1.0)
+    with raises(ValueError, f"disagree on route: gram on rank 0, direct {last}"):
+        call(z(), z(), route="direct" if odd else "gram")
+    with raises(ValueError, f"disagree on gradient: official on rank 0, lightly {last}"):
+        call(z(), z(), gradient="lightly" if odd else "official")
+    with raises(ValueError, f"disagree on statistics: global on rank 0, local {last}"):
+        call(z(), z(), statistics="local" if odd else "global")
+    with raises(ValueError, f"disagree on the normalization's eps: 1e-05 on rank 0, 0.001 {last}"):
+        call(z(), z(), eps=1e-3 if odd else 1e-5)
+    with raises(ValueError, "disagree on the normalization's"):
+        call(z(), z(), normalization="std" if odd else "batch_norm")
+    with raises(ValueError, f"with statistics='local' every rank must have at least 2 samples, got 1 {last}"):
+        x = z()[: 1 if odd else 4]
+        call(x, x, statistics="local")
+
+
+@check
+def invalid_arguments_on_one_rank_are_an_error_on_every_rank() -> None:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    if ranks == 1:
+        return
+    odd = rank == ranks - 1
+    good = torch.randn(4, 31)
+    cases = [
+        ({"z_a": torch.randn(4, 31, 1)}, ValueError, "z_a must be 2-D"),
+        ({"z_b": torch.randn(5, 31)}, ValueError, "z_a and z_b must have the same shape"),
+        ({"z_a": good[:0], "z_b": good[:0]}, ValueError, "at least 1 sample on every rank, got 0"),
+        ({"z_a": good.long()}, TypeError, "z_a must be float32"),
+        ({"z_a": None}, TypeError, "z_a must be a torch.Tensor"),
+        ({"lambd": math.inf}, ValueError, "lambd must be finite"),
+        ({"normalization": "layer_norm"}, ValueError, "normalization must be"),
+        ({"route": "shortest"}, ValueError, "route must be"),
+        ({"backend": "reference"}, RuntimeError, "does not run over several processes"),
+    ]
+    for wrong, kind, message in cases:
+        arguments = {"z_a": good, "z_b": good, **(wrong if odd else {})}
+        with raises(kind if odd else RuntimeError, message if odd else f"invalid arguments on rank {ranks - 1}"):
+            barlow_twins_loss(**arguments, group="world", gradient="official")
+
+
+@check
+def nan_on_one_rank_reaches_every_loss() -> None:
+    for route in ("gram", "direct"):
+        for statistics in ("global", "local"):
+            z_a, z_b = map(own, views(16, 31))
+            if dist.get_rank() == 0:
+                z_a.data[0, 0] = math.nan
+            loss = barlow_twins_loss(z_a, z_b, route=route, group="world", gradient="official", statistics=statistics)
+            assert loss.isnan()
+            loss.backward()
+            assert z_a.grad.isnan().any()
+
+
+@check
+def second_derivatives_are_an_error() -> None:
+    if dist.get_world_size() == 1:
+        return
+    for route in ("gram", "direct"):
+        a, b = map(own, views(8, 31))
+        loss = barlow_twins_loss(a, b, route=route, group="world", gradient="official")
+        with raises(RuntimeError, "no second derivative"):
+            torch.autograd.grad(loss, a, create_graph=True)
+
+
+# Training
+
+
+class Projector(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(7, 20), nn.Tanh(), nn.Linear(20, 41)).double()
+
+    def forward(self, x_a: Tensor, x_b: Tensor) -> tuple[Tensor, Tensor]:
+        return self.layers(x_a), self.layers(x_b)
+
+
+def true_gradients(batches: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """The parameters' gradients of the mean loss over batches, in one process."""
+    model = Projector()
+    loss = sum(reference_loss(*model(*batch)).loss for batch in batches) / len(batches)
+    return list(torch.autograd.grad(loss, list(model.parameters())))
+
+
+def batches(count: int) -> list[tuple[Tensor, Tensor]]:
+    n = 6 * dist.get_world_size()
+    return [views(n, 7, torch.float64, seed=seed) for seed in range(count)]
+
+
+def assert_gradients(got: Iterable[Tensor], want: list[Tensor], factor: float) -> None:
+    """The last bias has the gradient 0: standardised features do not depend on it."""
+    size = max(g.norm().item() for g in want) * factor
+    for index, (x, y) in enumerate(zip(got, want, strict=True)):
+        assert error(x, y * factor, at_least=size) < 1e-12, f"of parameter {index}"
+
+
+@check
+def ddp_averages_to_the_gradient_that_the_convention_promises() -> None:
+    for gradient, factor in (("official", 1 / dist.get_world_size()), ("lightly", 1.0)):
+        for route in ("gram", "direct"):
+            for accumulated in (1, 3):
+                model = DistributedDataParallel(Projector(), bucket_cap_mb=0.001)
+                loss = BarlowTwinsLoss(route=route, group="world", gradient=gradient)
+                given = batches(accumulated)
+                for step, batch in enumerate(given):
+                    with model.no_sync() if step + 1 < len(given) else contextlib.nullcontext():
+                        z_a, z_b = model(*(x.split(split(len(x)))[dist.get_rank()] for x in batch))
+                        (loss(z_a, z_b) / len(given)).backward()
+                assert_gradients((p.grad for p in model.parameters()), true_gradients(given), factor)
+
+
+@check
+def fsdp_averages_likewise() -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for gradient, factor in (("official", 1 / dist.get_world_size()), ("lightly", 1.0)):
+        model = Projector()
+        for layer in (model.layers[0], model.layers[2]):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        given = batches(1)
+        z_a, z_b = model(*(x.split(split(len(x)))[dist.get_rank()] for x in given[0]))
+        barlow_twins_loss(z_a, z_b, group=mesh, gradient=gradient).backward()
+        assert_gradients((p.grad.full_tensor() for p in model.parameters()), true_gradients(given), factor)
+
+
+@check
+def compiled() -> None:
+    """torch.compile leaves its graph for the loss, and comes back."""
+    loss = BarlowTwinsLoss(group="world", gradient="official")
+    a, b = map(own, views(9, 31, torch.float64))
+    function = torch.compile(lambda x, y: loss(x * 2, y.sin()) + 1, backend="aot_eager")
+    want, got = (f(a, b) for f in (lambda x, y: loss(x * 2, y.sin()) + 1, function))
+    assert error(got, want) < 1e-13
+    for x, y in zip(torch.autograd.grad(got, (a, b)), torch.autograd.grad(want, (a, b)), strict=True):
+        assert error(x, y) < 1e-13
+
+
+@check
+def checkpointed_and_under_autocast() -> None:
+    loss = BarlowTwinsLoss(group="world", gradient="lightly")
+    a, b = map(own, views(16, 40))
+    want = torch.autograd.grad(loss(a, b), (a, b))
+    again = torch.utils.checkpoint.checkpoint(lambda x, y: loss(x * 1, y), a, b, use_reentrant=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = loss(a, b)
+    for got in (again, mixed):
+        assert all(map(torch.equal, torch.autograd.grad(got, (a, b)), want))
+
+
+@check
+def modules_can_be_copied() -> None:
+    for group in ("world", dist.group.WORLD):
+        loss = BarlowTwinsLoss(group=group, gradient="lightly", statistics="local")
+        twin = copy.deepcopy(nn.Sequential(loss))[0]
+        assert vars(twin).keys() == vars(loss).keys()
+        assert twin.group is group
+        assert twin is not loss
+        assert "gradient='lightly', statistics='local'" in repr(twin)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # torch.distributed.nn is deprecated; the libraries use it
+    dist.init_process_group("gloo", timeout=TIMEOUT)
+    wanted = sys.argv[2:]
+    results = {}
+    for name, function in CHECKS.items():
+        if wanted and name not in wanted:
+            continue
+        try:
+            function()
+            problem = None
+        except Exception:
+            problem = traceback.format_exc()
+        problems: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+        results[name] = {rank: text for rank, text in enumerate(problems) if text is not None}
+    if dist.get_rank() == 0:
+        with open(sys.argv[1], "w") as file:
+            json.dump(results, file)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

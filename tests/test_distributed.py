@@ -1,0 +1,131 @@
+"""The loss over several processes, on Gloo: what tests/distributed_checks.py checks on every rank, under torchrun.
+
+What the arguments are checked for, and what happens when a rank is killed, stands here.
+"""
+
+import ast
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from barlow_fused import BarlowTwinsLoss, barlow_twins_loss
+
+HERE = Path(__file__).parent
+SCRIPT = HERE / "distributed_checks.py"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no torch.distributed")
+
+
+def names_of_checks() -> list[str]:
+    """The functions that are decorated with @check; importing them would take a process group."""
+    functions = [node for node in ast.parse(SCRIPT.read_text()).body if isinstance(node, ast.FunctionDef)]
+    return [f.name for f in functions if "check" in map(ast.unparse, f.decorator_list)]
+
+
+@functools.cache
+def results(ranks: int) -> dict[str, dict[str, str]]:
+    """What went wrong, {check: {rank: traceback}}, in one run of all checks."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "results.json")
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+        process = subprocess.run(
+            [*torchrun, str(SCRIPT), str(path)], env=ENVIRONMENT, capture_output=True, text=True, timeout=240
+        )
+        assert path.exists(), process.stderr[-5000:]
+        return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("name", names_of_checks())
+def test_on_every_rank(name: str, ranks: int) -> None:
+    problems = results(ranks)[name]
+    assert not problems, "\n".join(f"rank {rank}: {text}" for rank, text in problems.items())
+
+
+KILLED = """
+import datetime, os, sys, torch, torch.distributed as dist
+from barlow_fused import barlow_twins_loss
+
+rank, moment = int(sys.argv[1]), sys.argv[2]
+store = dist.FileStore(sys.argv[3], 3)
+dist.init_process_group("gloo", store=store, rank=rank, world_size=3, timeout=datetime.timedelta(seconds=20))
+torch.set_num_threads(1)
+for step in range(3):
+    z_a, z_b = (torch.randn(8, 100, requires_grad=True) for _ in range(2))
+    if rank == 1 and step == 1 and moment == "forward":
+        os._exit(0)
+    loss = barlow_twins_loss(z_a, z_b, group="world", gradient="official")
+    if rank == 1 and step == 1:
+        os._exit(0)
+    loss.backward()
+"""
+
+
+@pytest.mark.parametrize("moment", ["forward", "backward"])
+def test_others_fail_where_a_rank_is_killed(moment: str, tmp_path: Path) -> None:
+    arguments = [[sys.executable, "-c", KILLED, str(rank), moment, str(tmp_path / "store")] for rank in range(3)]
+    start = time.monotonic()
+    processes = [subprocess.Popen(a, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) for a in arguments]
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert time.monotonic() - start < 60
+    assert processes[1].returncode == 0
+    for rank in (0, 2):
+        assert processes[rank].returncode == 1
+        assert "RuntimeError" in errors[rank], errors[rank]  # torch.distributed's own: the connection, or the timeout
+
+
+# The arguments
+
+
+@pytest.fixture
+def process_group():
+    """A process group of one process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_gradient_has_no_default(process_group):
+    z = torch.randn(4, 8)
+    message = r"with a group, gradient must be given: 'official' \(.*1/P of the gradient.*'lightly' \(P times that"
+    with pytest.raises(ValueError, match=message):
+        barlow_twins_loss(z, z, group=process_group)
+    with pytest.raises(ValueError, match=message):
+        BarlowTwinsLoss(group="world")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"gradient": "mean"}, ValueError, "gradient must be 'official' or 'lightly', got 'mean'"),
+        ({"statistics": "batch"}, ValueError, "statistics must be 'global' or 'local', got 'batch'"),
+        ({"group": "all", "gradient": "official"}, ValueError, "group must be a process group, .* got 'all'"),
+        ({"group": 3, "gradient": "official"}, TypeError, "group must be a torch.distributed process group, got int"),
+    ],
+)
+def test_wrong_arguments(process_group, arguments, error, message):
+    z = torch.randn(4, 8)
+    with pytest.raises(error, match=message):
+        barlow_twins_loss(z, z, **arguments)
+    with pytest.raises(error, match=message):
+        BarlowTwinsLoss(**arguments)(z, z)
+
+
+def test_without_a_process_group():
+    z = torch.randn(4, 8)
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        barlow_twins_loss(z, z, group="world", gradient="official")
+    loss = BarlowTwinsLoss(group="world", gradient="official")  # may be made before
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        loss(z, z)
+    assert torch.equal(barlow_twins_loss(z, z, gradient="lightly", statistics="local"), barlow_twins_loss(z, z))
