@@ -79,7 +79,7 @@ def _why_no_triton(device: torch.device) -> str | None:
 def fastest(device: torch.device, dtype: torch.dtype | None = None) -> str:
     """The backend that ``"auto"`` takes on ``device``, with inputs of ``dtype``.
 
-    It is PyTorch's everywhere: the Triton kernels have not run on a GPU yet, and run for those who ask for them by name.
+    It is PyTorch's everywhere. The Triton kernels have not run on a GPU yet: they are for those who ask by name.
     """
     return "torch"
 

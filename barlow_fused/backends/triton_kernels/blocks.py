@@ -1,0 +1,160 @@
+"""What several kernels are built of: a tile of a matrix product, sums in a fixed order, the rows of ``stats``."""
+
+# ruff: noqa: ANN001, ANN201, N803 - the language of Triton kernels is not quite Python
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# The rows of ``stats``, [11, D] float32; view a stands before view b. normalization=None has only the first row.
+C = tl.constexpr(0)  # diag(C)
+MEAN = tl.constexpr(1)
+RSTD = tl.constexpr(3)
+KAPPA = tl.constexpr(5)
+SQUARE = tl.constexpr(7)  # mean_n(A_hat^2) = variance * rstd^2
+PRODUCT = tl.constexpr(9)  # mean_n(A_hat * P) of the direct route: the row sums of C0^2 (view b: the column sums)
+STATS_ROWS = 11
+
+# Triton's interpreter computes in numpy, which has no bfloat16: it truncates where a GPU rounds, and tl.dot multiplies
+# the bits as integers. ``cast`` and ``_dot`` say there what a GPU does.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def matmul(
+    left,  # [m_size, K]: a pointer, or with TMA a descriptor of [BLOCK_M, BLOCK_K] blocks (LEFT_KM: of the transpose)
+    left_m,  # strides of a pointer; with TMA unused
+    left_k,
+    row,  # the tile's first row
+    m_size,
+    right,  # [K, n_size]: a pointer, or a descriptor of [BLOCK_K, BLOCK_N] blocks (RIGHT_NK: of the transpose)
+    right_k,
+    right_n,
+    right_first,  # with TMA: the row (RIGHT_NK: column) of the descriptor's matrix that stands for k = 0
+    column,  # the tile's first column
+    n_size,
+    k_begin,  # the part of K that is summed: whole blocks, but for the last of K
+    k_end,
+    k_size,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EVEN: tl.constexpr,
+    TMA: tl.constexpr,
+    LEFT_KM: tl.constexpr,
+    RIGHT_NK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A [BLOCK_M, BLOCK_N] tile of left @ right in float32; rows and columns past the end are 0 (EVEN: none are).
+
+    Tensor cores truncate each sum that they add to. Over K products of one sign in half precision, 16 an addition, that
+    loses about 1e-9 * K of the result: 3e-4 of the diagonal of K_a at D = 262 144. With CHUNK > 0 every CHUNK products
+    start a sum of their own, and these are added with rounding. "tf32x3" does that by itself in every block.
+    """
+    if CHUNK == 0:
+        total = _matmul_chunk(
+            left, left_m, left_k, row, m_size, right, right_k, right_n, right_first, column, n_size,
+            k_begin, k_end, k_size, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, TMA, LEFT_KM, RIGHT_NK, PRECISION,
+        )  # fmt: skip
+    else:
+        total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for chunk in range(k_begin, k_end, CHUNK):
+            total += _matmul_chunk(
+                left, left_m, left_k, row, m_size, right, right_k, right_n, right_first, column, n_size,
+                chunk, tl.minimum(chunk + CHUNK, k_end), k_size,
+                BLOCK_M, BLOCK_N, BLOCK_K, EVEN, TMA, LEFT_KM, RIGHT_NK, PRECISION,
+            )  # fmt: skip
+    return total
+
+
+@triton.jit
+def _matmul_chunk(
+    left, left_m, left_k, row, m_size, right, right_k, right_n, right_first, column, n_size, k_begin, k_end, k_size,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr,
+    LEFT_KM: tl.constexpr, RIGHT_NK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if TMA:
+        for k in range(k_begin, k_end, BLOCK_K):
+            x = tl.trans(left.load([k, row])) if LEFT_KM else left.load([row, k])
+            y = tl.trans(right.load([column, right_first + k])) if RIGHT_NK else right.load([right_first + k, column])
+            acc = _dot(x, y, acc, PRECISION)
+    else:
+        rows = row + tl.arange(0, BLOCK_M)
+        columns = column + tl.arange(0, BLOCK_N)
+        ks = tl.arange(0, BLOCK_K)
+        first = (k_begin + ks).to(tl.int64)
+        x_ptr = left + rows.to(tl.int64)[:, None] * left_m + first[None, :] * left_k
+        y_ptr = right + first[:, None] * right_k + columns.to(tl.int64)[None, :] * right_n
+        for k in range(k_begin, k_end, BLOCK_K):
+            if EVEN:
+                x = tl.load(x_ptr)
+                y = tl.load(y_ptr)
+            else:
+                x = tl.load(x_ptr, mask=(rows < m_size)[:, None] & (k + ks < k_size)[None, :], other=0.0)
+                y = tl.load(y_ptr, mask=(k + ks < k_size)[:, None] & (columns < n_size)[None, :], other=0.0)
+            acc = _dot(x, y, acc, PRECISION)
+            x_ptr += BLOCK_K * left_k
+            y_ptr += BLOCK_K * right_k
+    return acc
+
+
+@triton.jit
+def _dot(x, y, acc, PRECISION: tl.constexpr):
+    if INTERPRETED:  # exact: a product of halves has 22 bits
+        x = x.to(tl.float32)
+        y = y.to(tl.float32)
+    return tl.dot(x, y, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def cast(x, pointer):
+    """float32 ``x`` rounded to what ``pointer`` points to."""
+    if INTERPRETED and pointer.dtype.element_ty == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        x = tl.where(x == x, (bits & 0xFFFF0000).to(tl.float32, bitcast=True), x)
+    return x.to(pointer.dtype.element_ty)
+
+
+@triton.jit
+def halves(x):
+    """The left and the right half of a tile."""
+    return tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), [0, 2, 1]))
+
+
+@triton.jit
+def sum_all(x, count, BLOCK: tl.constexpr):
+    """The sum of ``count`` float64 numbers that other programs wrote, always in the same order."""
+    offsets = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float64)
+    for start in range(0, count, BLOCK):
+        total += tl.load(x + start + offsets, mask=start + offsets < count, other=0.0, cache_modifier=".cg")
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def store_terms(off_sum, sums, slabs, lambd, scale, loss, on_diag, off_diag, BLOCK: tl.constexpr):
+    """The three terms, from sums in float64. ``off_sum`` is the sum of C_ij^2 off the diagonal; NaN passes."""
+    on_sum = sum_all(sums, slabs, BLOCK)
+    off_sum = tl.where(off_sum < 0, 0.0, off_sum)
+    tl.store(loss, ((on_sum + lambd * off_sum) * scale).to(tl.float32))
+    tl.store(on_diag, on_sum.to(tl.float32))
+    tl.store(off_diag, off_sum.to(tl.float32))
+
+
+@triton.jit
+def weights_of_sums(g_loss, g_on, g_off, lambd, scale):
+    """The gradients with respect to the two sums, on_diag and off_diag; None is zero."""
+    w_on = 0.0
+    w_off = 0.0
+    if g_on is not None:
+        w_on += tl.load(g_on)
+    if g_off is not None:
+        w_off += tl.load(g_off)
+    if g_loss is not None:
+        w_on += tl.load(g_loss) * scale
+        w_off += tl.load(g_loss) * scale * lambd
+    return w_on, w_off

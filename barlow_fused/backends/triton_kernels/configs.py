@@ -1,0 +1,157 @@
+"""Block shapes of the kernels, by architecture and shape.
+
+They come from reasoning about registers, shared memory and waves, not yet from measurements on a GPU:
+
+* a product's accumulator takes BLOCK_M * BLOCK_N / threads registers of the 255 that a thread has, and once more where
+  sums are cut into chunks (blocks.py): 128 x 128 by 256 threads is 64 + 64;
+* a stage takes (BLOCK_M + BLOCK_N) * BLOCK_K numbers of shared memory: 32 KiB at 128, 128, 64 in half precision. sm_80
+  has 163 KiB a block, sm_90 and sm_100 have 227 KiB, the consumer chips 99 KiB;
+* true float32 ("tf32x3") splits every operand in two, in registers: half the block;
+* few rows (small N) leave a tile empty: then the smaller tile.
+
+``BARLOW_FUSED_TRITON_AUTOTUNE=1`` lets Triton measure BLOCK_K, num_warps and num_stages instead, once for each shape.
+tests/test_triton_compile.py compiles the whole table: tensor cores, no spills, shared memory within the limit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+
+import torch
+
+SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may use
+SUM_BLOCK = 1024  # partial sums added at a time
+CHUNK = 8192  # products a tensor core adds up before a rounded addition (blocks.py)
+FLOAT32_ELEMENTS = 2**16  # of an input, up to which half precision is multiplied in float32
+RAW_LIMIT = 256.0  # |mu_i mu_j| s_i s_j up to which z itself is multiplied: |mean|/deviation of 16 (raw_limit below)
+GRAM_MANY_ROWS = 512  # from here on gram takes the larger tiles: 10 of them and more
+TMA_MIN_ELEMENTS = 2**21  # of an input, from which the loads' cost outweighs that of a descriptor on the host
+TMA_IN_INTERPRETER = False  # for tests
+MAX_SPLIT = 32  # slices of D in gram: its last phase reads that many partial tiles one after another
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """How a matrix product is cut."""
+
+    m: int
+    n: int
+    k: int
+    num_warps: int
+    num_stages: int
+
+    def options(self) -> dict[str, int]:
+        """What Triton's launcher takes."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+@dataclasses.dataclass(frozen=True)
+class Slab:
+    """How many features normalize takes at a time, and how many rows at most."""
+
+    rows: int
+    columns: int
+    num_warps: int
+
+
+# (kernel, precision) -> for few and for many rows of tiles. Precision: "half", "tf32" or "tf32x3".
+_AMPERE = {
+    ("gram", "half"): (Blocks(64, 64, 64, 4, 4), Blocks(128, 128, 64, 8, 3)),
+    ("gram", "tf32"): (Blocks(64, 64, 32, 4, 4), Blocks(128, 128, 32, 8, 3)),
+    ("gram", "tf32x3"): (Blocks(64, 64, 32, 4, 3), Blocks(64, 64, 32, 4, 3)),
+    ("correlate", "half"): (Blocks(64, 64, 64, 4, 4), Blocks(128, 128, 64, 8, 3)),
+    ("correlate", "tf32"): (Blocks(64, 64, 32, 4, 4), Blocks(128, 128, 32, 8, 3)),
+    ("correlate", "tf32x3"): (Blocks(64, 64, 32, 4, 3), Blocks(64, 64, 32, 4, 3)),
+    ("direct_grad", "half"): (Blocks(64, 64, 64, 4, 4), Blocks(128, 128, 64, 8, 3)),
+    ("direct_grad", "tf32"): (Blocks(64, 64, 32, 4, 4), Blocks(128, 128, 32, 8, 3)),
+    ("direct_grad", "tf32x3"): (Blocks(64, 64, 32, 4, 3), Blocks(64, 64, 32, 4, 3)),
+    ("gram_grad", "half"): (Blocks(64, 64, 64, 4, 3), Blocks(128, 128, 64, 8, 3)),
+    ("gram_grad", "tf32"): (Blocks(64, 64, 32, 4, 3), Blocks(128, 64, 32, 8, 3)),
+    ("gram_grad", "tf32x3"): (Blocks(64, 64, 32, 4, 3), Blocks(128, 64, 32, 8, 3)),
+}
+
+
+def _with_stages(table: dict, stages: dict[str, int]) -> dict:
+    """The same blocks with other numbers of stages."""
+    return {
+        (kernel, precision): tuple(dataclasses.replace(b, num_stages=stages[precision]) for b in blocks)
+        for (kernel, precision), blocks in table.items()
+    }
+
+
+_HOPPER = _with_stages(_AMPERE, {"half": 4, "tf32": 4, "tf32x3": 3})
+TABLE = {
+    80: _AMPERE,
+    86: _with_stages(_AMPERE, {"half": 2, "tf32": 2, "tf32x3": 2}),
+    90: _HOPPER,
+    100: _HOPPER,
+}
+# gram_grad with all rows in one tile: (BLOCK_M, halves, float32)
+ONE_TILE = {
+    64: (Blocks(64, 64, 64, 4, 2), Blocks(64, 64, 32, 4, 2)),
+    128: (Blocks(128, 64, 64, 4, 3), Blocks(128, 32, 32, 4, 3)),
+    256: (Blocks(256, 64, 64, 8, 3), Blocks(256, 32, 32, 8, 2)),
+}
+NORMALIZE = (  # the first that holds N rows; beyond the last, the two phases take its blocks of rows
+    Slab(64, 64, 4),
+    Slab(128, 64, 8),
+    Slab(256, 32, 8),
+    Slab(512, 16, 8),
+)
+TWO_PHASES = Slab(128, 64, 8)
+MAX_CHUNKS = 16  # of rows, in the two phases
+
+
+@functools.cache
+def architecture(device: torch.device) -> int:
+    """The row of TABLE for a device: its compute capability, grouped by shared memory and instructions."""
+    if device.type != "cuda":
+        return 80  # the interpreter
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major == 8 and minor != 0) or major >= 12:
+        return 86
+    return {8: 80, 9: 90}.get(major, 100)
+
+
+def table(device: torch.device) -> dict[tuple[str, str], tuple[Blocks, Blocks]]:
+    """The blocks for a device."""
+    return TABLE[architecture(device)]
+
+
+def has_tma(device: torch.device) -> bool:
+    """Whether the device has a tensor memory accelerator that Triton can use, and nobody has turned it off."""
+    if os.environ.get("BARLOW_FUSED_TRITON_TMA", "1") == "0" or device.type != "cuda":
+        return device.type != "cuda" and TMA_IN_INTERPRETER
+    return architecture(device) >= 90
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at once, one a multiprocessor."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """What the tensor cores multiply; float32 obeys PyTorch's switch.
+
+    "highest" takes three TF32 products (a_low b_high + a_high b_low + a_high b_high): 2^-22 relative, float32's own
+    accuracy, on the tensor cores; "ieee" would run on the ordinary cores, several times slower.
+    """
+    if dtype != torch.float32:
+        return "half"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def raw_limit(n: int) -> float:
+    """|mu_i mu_j| s_i s_j up to which ``correlate`` multiplies z itself.
+
+    Truncation costs C_ij 1e-9 * N of it, which must stay under a hundredth of 1/sqrt(N), the size of unrelated C_ij.
+    """
+    return min(RAW_LIMIT, 1e7 / n**1.5)
+
+
+def autotuned() -> bool:
+    """Whether Triton shall measure instead of taking the table's word."""
+    return os.environ.get("BARLOW_FUSED_TRITON_AUTOTUNE", "0") not in ("", "0")

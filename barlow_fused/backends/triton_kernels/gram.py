@@ -1,0 +1,129 @@
+"""gram: K_a = A_hat A_hat^T, K_b = B_hat B_hat^T, their inner product, and the terms of the loss. One launch.
+
+    reads   A_hat, B_hat [N, D]; the sums of ``normalize``
+    writes  K_a / D - shift * I and K_b / D - shift * I, [2, N, N] in the compute dtype (only for a gradient)
+            loss, on_diag, off_diag, float32
+    FLOPs   2 N^2 D: both products, each on its lower triangle
+    bytes   each of T = ceil(N / BLOCK) tile rows of A_hat is read about T times, from L2 where slices march together;
+            the partial tiles, 4 * split * N^2 bytes, are written and read once
+
+The ideas:
+
+* **One work item is (tile of the lower triangle, view, slice of D).** It writes its float32 partial tile and is done;
+  the item of a tile that arrives last adds the tile's partials in the order of the slices, multiplies K_a and K_b
+  elementwise, and writes both triangles. Integer tickets decide who does the work, never the order of additions, so
+  the bits do not depend on who was last. Slices fill the chip where tiles do not (N = 256: 10 tiles, 132 SMs), and
+  cut the tail of the last wave where they do (N = 2048: 136 tiles). No item holds two accumulators, so the
+  tile is as large as a plain product's. The workspace takes the place of the input gradients, which do not exist yet.
+* **The diagonal is taken out.** Standardised features give K / D a diagonal near 1, and K_b A_hat / D a large part
+  along A_hat, which the batch norm's backward removes again. Rounded to bfloat16 it would leave 2^-9 of itself behind.
+  K / D - I is stored instead, and ``input_grad`` adds A_hat in float32.
+
+A persistent grid was left out: Triton does not overlap a tile's epilogue with the next one's loads, and slices of D
+already balance the load.
+"""
+
+# ruff: noqa: ANN001, ANN201, D103, N803, SIM108 - the language of Triton kernels is not quite Python
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .blocks import cast, matmul, store_terms, sum_all
+
+
+@triton.jit(do_not_specialize=["tiles", "split", "steps", "slabs"])
+def gram_kernel(
+    a, b, a_n, a_d, b_n, b_d,  # A_hat, B_hat and strides; with TMA, where BLOCK divides N, a is a descriptor of
+    # [BLOCK, BLOCK_K] blocks of both, [2 N, D]
+    partials,  # [split, 2, tiles, BLOCK, BLOCK] float32
+    k_out,  # [2, N, N], or None
+    inner,  # [tiles] float64
+    sums,  # [2, slabs] float64
+    counters,  # [tiles + 1] int32, zero before and after
+    loss, on_diag, off_diag,
+    N, D, tiles, split, steps, slabs, lambd, scale,  # a slice is steps * BLOCK_K columns
+    SHIFT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
+    EVEN: tl.constexpr, TMA: tl.constexpr, UNIT_STRIDE: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_SUM: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    tile = pid % tiles  # tiles run fastest: programs that run together read the same columns
+    view = (pid // tiles) % 2
+    part = pid // (2 * tiles)
+    tile_m, tile_n = lower_triangle_tile(tile)
+    begin = part * steps * BLOCK_K
+    end = tl.minimum(begin + steps * BLOCK_K, D)
+    row = tile_m * BLOCK
+    column = tile_n * BLOCK
+    if TMA:
+        acc = matmul(
+            a, 0, 0, view * N + row, 2 * N, a, 0, 0, 0, view * N + column, 2 * N, begin, end, D,
+            BLOCK, BLOCK, BLOCK_K, CHUNK, EVEN, True, False, True, PRECISION,
+        )  # fmt: skip
+    else:
+        x = tl.where(view == 0, a, b)
+        x_n = tl.where(view == 0, a_n, b_n)
+        if UNIT_STRIDE:  # known to the compiler, which then loads 16 bytes at once
+            x_d = 1
+        else:
+            x_d = tl.where(view == 0, a_d, b_d)
+        acc = matmul(
+            x, x_n, x_d, row, N, x, x_d, x_n, 0, column, N, begin, end, D,
+            BLOCK, BLOCK, BLOCK_K, CHUNK, EVEN, False, False, False, PRECISION,
+        )  # fmt: skip
+    i = tl.arange(0, BLOCK)
+    item = (part * 2 + view).to(tl.int64) * tiles + tile
+    tl.store(partials + item * BLOCK * BLOCK + i[:, None] * BLOCK + i[None, :], acc)
+
+    # The tile's last item to arrive: every thread's stores, then one thread's ticket.
+    tl.debug_barrier()
+    if tl.atomic_add(counters + tile, 1, sem="acq_rel") == 2 * split - 1:
+        tl.store(counters + tile, 0)
+        tile_sum = tl.zeros([ROWS], tl.float64)
+        view_stride = tl.cast(tiles, tl.int64) * BLOCK * BLOCK
+        for start in range(0, BLOCK, ROWS):
+            r = start + tl.arange(0, ROWS)
+            tile_ptr = partials + tile.to(tl.int64) * BLOCK * BLOCK + r[:, None] * BLOCK + i[None, :]
+            k_a = tl.zeros([ROWS, BLOCK], tl.float32)
+            k_b = tl.zeros([ROWS, BLOCK], tl.float32)
+            for _ in tl.range(0, split, loop_unroll_factor=4):
+                k_a += tl.load(tile_ptr, cache_modifier=".cg")
+                k_b += tl.load(tile_ptr + view_stride, cache_modifier=".cg")
+                tile_ptr += 2 * view_stride
+            rows = (row + r)[:, None]
+            columns = (column + i)[None, :]
+            lower = (rows >= columns) & (rows < N)
+            twice = tl.where(rows > columns, 2.0, 1.0)  # for the triangle that is not computed
+            tile_sum += tl.sum(tl.where(lower, k_a.to(tl.float64) * k_b.to(tl.float64) * twice, 0.0), 1)
+            if k_out is not None:
+                shift = tl.where(rows == columns, SHIFT * 1.0, 0.0)
+                k_a = cast(k_a / D - shift, k_out)
+                k_b = cast(k_b / D - shift, k_out)
+                rows = rows.to(tl.int64)
+                columns = columns.to(tl.int64)
+                k_b_out = k_out + tl.cast(N, tl.int64) * N
+                tl.store(k_out + rows * N + columns, k_a, mask=lower)
+                tl.store(k_b_out + rows * N + columns, k_b, mask=lower)
+                above = lower & (rows > columns)
+                tl.store(k_out + columns * N + rows, k_a, mask=above)
+                tl.store(k_b_out + columns * N + rows, k_b, mask=above)
+        tl.store(inner + tile, tl.sum(tile_sum, 0))
+
+        tl.debug_barrier()
+        if tl.atomic_add(counters + tiles, 1, sem="acq_rel") == tiles - 1:  # the last tile
+            tl.store(counters + tiles, 0)
+            squares = sum_all(sums + slabs, slabs, BLOCK_SUM)  # of C_ii
+            n = tl.cast(N, tl.float64)
+            off_sum = sum_all(inner, tiles, BLOCK_SUM) / (n * n) - squares
+            store_terms(off_sum, sums, slabs, lambd, scale, loss, on_diag, off_diag, BLOCK_SUM)
+
+
+@triton.jit
+def lower_triangle_tile(tile):
+    """(row, column) of the tile-th tile of a lower triangle, counted row by row."""
+    m = ((tl.sqrt((8 * tile + 1).to(tl.float32)) - 1) * 0.5).to(tl.int32)
+    m = tl.where(m * (m + 1) // 2 > tile, m - 1, m)  # the square root is rounded
+    m = tl.where((m + 1) * (m + 2) // 2 <= tile, m + 1, m)
+    return m, tile - m * (m + 1) // 2
