@@ -11,7 +11,8 @@ The idea: half-precision inputs need no standardised copy. The tensor cores mult
 exact in float32, and the epilogue centres and scales: C_ij = (sum_n a_ni b_nj / N - mu_i mu_j) s_i s_j. That is more
 accurate than rounding A_hat, until mu_i mu_j is so large that the difference cancels: its error is about
 6e-8 * |mu_i mu_j| s_i s_j, and 1e-9 * N of that where the tensor cores truncate (blocks.py). Each tile looks at its own
-features and multiplies A_hat and B_hat where that product may exceed ``raw_limit``. float32 inputs, whose products are not exact, always take A_hat and B_hat.
+features and multiplies A_hat and B_hat where that product may exceed ``raw_limit``. float32 inputs,
+whose products are not exact, always take A_hat and B_hat.
 
 The second, small kernel adds the partial sums in a fixed order and writes the terms.
 """
