@@ -120,8 +120,8 @@ struct CorrelatePlan {
 };
 
 NormalizePlan plan_normalize(int n, int d, DType dtype, int device);
-GramPlan plan_gram(int n, int d, DType dtype, int device);
-CorrelatePlan plan_correlate(int n, int d, DType dtype, int device);
+GramPlan plan_gram(int n, int d, DType dtype, Precision precision, int device);
+CorrelatePlan plan_correlate(int n, int d, DType dtype, Precision precision, int device);
 
 void normalize(const Normalize&, Stream);
 void gram(const Gram&, Stream);

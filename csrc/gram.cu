@@ -1,0 +1,117 @@
+// gram on any GPU from sm_80: gram.h with multiply.h's product.
+#include "gram.h"
+
+namespace barlow {
+namespace {
+
+template <class Product>
+struct GramKernel {
+  using T = typename Product::T;
+  struct Params {
+    Gram p;
+    Operand x[2];
+    int tiles, promote_every;
+  };
+  static constexpr const char* name = "gram";
+  static constexpr int threads = Product::threads;
+  static constexpr int blocks_per_sm = 1;
+  static constexpr int shared_bytes = Product::shared_bytes;
+  static constexpr int block = Product::M;
+
+  static BARLOW_DEVICE void run(const Params& params) {
+    const Gram& p = params.p;
+    const int tile = block_id() % params.tiles;  // tiles run fastest: blocks that run together read the same columns
+    const int view = block_id() / params.tiles % 2, part = block_id() / (2 * params.tiles);
+    int row, column;
+    lower_triangle_tile(tile, row, column);
+    row *= block;
+    column *= block;
+    const int slice = p.steps * Product::K;
+    typename Product::Accumulator acc;
+    Product::run(acc, params.x[view], params.x[view], row, column, part * slice, smaller((part + 1) * slice, p.d),
+                 params.promote_every);
+
+    finish_gram<Product>(p, params.tiles, tile, view, part, row, column, acc, shared_memory());
+  }
+};
+
+// Tiles by what is multiplied, for few and for many rows. The last two: split products, long sums.
+template <class T>
+struct Tiles {
+  using Few = Multiply<T, 64, 64, 2, 2, 4, true, true, false, true>;
+  using Many = Multiply<T, 128, 128, 2, 4, 3, true, true, false, true>;
+};
+struct SplitTiles {
+  using Few = Multiply<float, 64, 64, 2, 2, 3, true, true, true, true>;
+  using Many = Few;
+};
+constexpr int many_rows = 512;          // from here on the larger tiles: 10 of them and more
+constexpr int max_split = 32;           // the last block of a tile reads as many partial tiles one after another
+constexpr int promote_products = 8192;  // tensor cores add up before a rounded addition; float32: every stage
+
+template <class Product>
+void launch_gram(const Gram& p, Stream stream) {
+  using Kernel = GramKernel<Product>;
+  typename Kernel::Params params{p, {}, 0, Product::SPLIT ? 1 : promote_products / Product::K};
+  const int rows = ceil_div(p.n, p.block);
+  params.tiles = rows * (rows + 1) / 2;
+  const Matrix x[2] = {p.a_hat, p.b_hat};
+  for (int view = 0; view < 2; ++view) {
+    params.x[view] = {x[view].data, x[view].row_stride, x[view].column_stride, p.n, has_vectors(x[view])};
+  }
+  launch<Kernel>(2LL * params.tiles * p.split, Kernel::shared_bytes, stream, params, p.n, p.d);
+}
+
+template <class Choice>
+void choose_gram(const Gram& p, Stream stream) {
+  if (p.block == Choice::Many::M) {
+    launch_gram<typename Choice::Many>(p, stream);
+  } else {
+    launch_gram<typename Choice::Few>(p, stream);
+  }
+}
+
+}  // namespace
+
+GramPlan plan_gram(int n, int d, DType dtype, Precision precision, int device) {
+  const bool split_products = dtype == DType::float32 && precision == Precision::float32;
+  GramPlan plan{};
+  plan.block = n >= many_rows && !split_products ? 128 : 64;
+  const int rows = ceil_div(n, plan.block);
+  plan.tiles = rows * (rows + 1) / 2;
+  const int size = dtype == DType::float32 ? 4 : 2;
+  const int steps = ceil_div(d, 128 / size);
+  // The partial tiles may take the memory of the two input gradients, which do not exist yet, and always one slice's.
+  const int64_t slice = 2LL * plan.tiles * plan.block * plan.block;
+  const int64_t budget = 2LL * n * d * size / (4 * slice);
+  const int most = static_cast<int>(larger<int64_t>(1, smaller<int64_t>(smaller(max_split, steps), budget)));
+  // A block takes as many steps as its slice has and about 8 more to start, store and hand over; a tile's last phase
+  // takes about 2 a slice. The multiprocessors take the blocks in waves.
+  const int processors = device_info(device).multiprocessors;
+  int64_t best = INT64_MAX;
+  for (int split = 1; split <= most; ++split) {
+    const int64_t waves = ceil_div(2LL * plan.tiles * split, static_cast<int64_t>(processors));
+    const int64_t time = waves * (ceil_div(steps, split) + 8) + 2 * split;
+    if (time < best) {
+      best = time;
+      plan.steps = ceil_div(steps, split);
+      plan.split = ceil_div(steps, plan.steps);
+    }
+  }
+  plan.partials = plan.split * slice;
+  return plan;
+}
+
+void gram(const Gram& p, Stream stream) {
+  switch (p.a_hat.dtype) {
+    case DType::bfloat16:
+      return choose_gram<Tiles<bfloat16>>(p, stream);
+    case DType::float16:
+      return choose_gram<Tiles<float16>>(p, stream);
+    case DType::float32:
+      return p.precision == Precision::float32 ? choose_gram<SplitTiles>(p, stream)
+                                               : choose_gram<Tiles<float>>(p, stream);
+  }
+}
+
+}  // namespace barlow

@@ -1,0 +1,106 @@
+// gram.h: K_a = A_hat A_hat^T, K_b = B_hat B_hat^T, their inner product, and the terms of the loss. One launch.
+//
+//     reads   A_hat, B_hat [N, D]; the sums of normalize
+//     writes  K_a / D - shift I and K_b / D - shift I, [2 N, N] in the compute dtype (only for a gradient)
+//             loss, on_diag, off_diag
+//     FLOPs   2 N^2 D: both products, each on its lower triangle
+//     bytes   each of T = ceil(N / BLOCK) rows of tiles is read about T times, from L2 where slices march together; the
+//             partial tiles, 4 split N^2 bytes, are written and read once
+//
+// The ideas:
+//
+// * A block computes one (tile of the lower triangle, view, slice of D): it writes its partial tile and draws a ticket.
+//   The block that draws a tile's last ticket adds the tile's partials in the order of the slices, multiplies K_a and
+//   K_b elementwise, and writes both triangles. Slices fill the chip where tiles do not (N = 256: 10 tiles, 132
+//   multiprocessors). The workspace takes the place of the input gradients, which do not exist yet.
+// * Partial tiles are read by the very threads, of another block, that hold the same fragments. So they are stored as
+//   they lie in registers, a thread's four numbers at a time, and never rearranged.
+// * The diagonal is taken out. Standardised features give K / D a diagonal near 1, whose rounding to bfloat16 would
+// drown
+//   the rest; and the multiple of A_hat that it puts into K_b A_hat is removed by the batch norm's backward anyway.
+//   K / D - I is stored, and gram_grad adds A_hat in float32.
+#pragma once
+
+#include "multiply.h"
+#include "reduce.h"
+
+namespace barlow {
+
+// (row, column) of a tile of a lower triangle, counted row by row.
+BARLOW_DEVICE void lower_triangle_tile(int tile, int& row, int& column) {
+  row = static_cast<int>((sqrtf(8.f * tile + 1.f) - 1.f) * 0.5f);
+  if (row * (row + 1) / 2 > tile) --row;  // the root is rounded
+  if ((row + 1) * (row + 2) / 2 <= tile) ++row;
+  column = tile - row * (row + 1) / 2;
+}
+
+// Everything after the product of one (tile, view, slice), by the team whose registers hold it.
+// Product: Multiply, or what has its names. shared: 512 bytes of shared memory.
+template <class Product>
+BARLOW_DEVICE void finish_gram(const Gram& p, int tiles, int tile, int view, int part, int row, int column,
+                               const typename Product::Accumulator& acc, char* shared) {
+  using T = typename Product::T;
+  using Team = typename Product::Team;
+  constexpr int fragments = Product::ROWS * Product::COLUMNS;
+  // [split, 2, tiles, fragments, threads] of four floats.
+  Vec16* const partials = reinterpret_cast<Vec16*>(p.partials) + thread();
+  const int64_t tile_size = fragments * Team::threads;
+  Vec16* const mine = partials + ((part * 2 + view) * static_cast<int64_t>(tiles) + tile) * tile_size;
+#pragma unroll
+  for (int i = 0; i < Product::ROWS; ++i) {
+#pragma unroll
+    for (int j = 0; j < Product::COLUMNS; ++j) {
+      store(mine + (i * Product::COLUMNS + j) * Team::threads, pack(acc[i][j], 0.f));
+    }
+  }
+  double* const scratch = reinterpret_cast<double*>(shared);
+  int* const ticket = reinterpret_cast<int*>(scratch + Team::threads / 32);
+  if (!last_to_arrive<Team>(p.counters + tile, 2 * p.split, ticket)) return;
+
+  double sum = 0;
+  const int64_t view_size = tiles * tile_size;
+#pragma unroll 1
+  for (int f = 0; f < fragments; ++f) {
+    const Vec16* from = partials + tile * tile_size + f * Team::threads;
+    float k_a[4] = {0.f, 0.f, 0.f, 0.f}, k_b[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll 4
+    for (int s = 0; s < p.split; ++s) {
+      const Vec16 a = load_from_l2(from), b = load_from_l2(from + view_size);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        k_a[e] += bits_to_float(a.word[e]);
+        k_b[e] += bits_to_float(b.word[e]);
+      }
+      from += 2 * view_size;
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int m = row + Product::row_of(f / Product::COLUMNS) + e / 2 * 8;
+      const int n = column + Product::column_of(f % Product::COLUMNS) + e % 2;
+      if (m >= n && m < p.n) {
+        // The upper triangle is not computed: what is below the diagonal counts twice.
+        sum += static_cast<double>(k_a[e]) * static_cast<double>(k_b[e]) * (m > n ? 2.0 : 1.0);
+        if (p.k.data != nullptr) {
+          const float shift = m == n ? p.shift : 0.f;
+          const T a = from_float<T>(k_a[e] / p.d - shift), b = from_float<T>(k_b[e] / p.d - shift);
+          T* const k = static_cast<T*>(p.k.data);
+          const int64_t pitch = p.k.row_stride;
+          k[m * pitch + n] = a;
+          k[(p.n + m) * pitch + n] = b;
+          k[n * pitch + m] = a;
+          k[(p.n + n) * pitch + m] = b;
+        }
+      }
+    }
+  }
+  sum = block_sum<Team>(sum, scratch);
+  if (thread() == 0) p.inner[tile] = sum;
+
+  if (!last_to_arrive<Team>(p.counters + tiles, tiles, ticket)) return;
+  const double inner = sum_of<Team>(p.inner, tiles, scratch);               // <K_a, K_b>
+  const double squares = sum_of<Team>(p.sums + p.slabs, p.slabs, scratch);  // of C_ii
+  const double off_sum = inner / (static_cast<double>(p.n) * p.n) - squares;
+  store_terms<Team>(off_sum, p.sums, p.slabs, p.lambd, p.scale, p.loss, p.on_diag, p.off_diag, scratch);
+}
+
+}  // namespace barlow
