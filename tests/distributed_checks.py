@@ -12,7 +12,6 @@ import contextlib
 import copy
 import datetime
 import functools
-import importlib.util
 import json
 import math
 import sys
@@ -27,6 +26,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
 import torch.utils.checkpoint
 from cases import NORMALIZATIONS, error, views
+from peers import losses_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -34,6 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from barlow_fused import BarlowTwinsLoss, Normalization, barlow_twins_loss
 from barlow_fused.backends import torch_partial
+from barlow_fused.integrations import patch
 from barlow_fused.reference import reference_loss, standardize
 
 TIMEOUT = datetime.timedelta(seconds=60)
@@ -276,36 +277,36 @@ def off_diagonal(x: Tensor) -> Tensor:
     return x.flatten()[:-1].view(n - 1, n + 1)[:, 1:].flatten()
 
 
+library = functools.cache(losses_of)
+
+
 def lightly_code(z_a: Tensor, z_b: Tensor, lambd: float) -> Tensor:
-    return module_of("lightly", "loss/barlow_twins_loss.py").BarlowTwinsLoss(lambd, gather_distributed=True)(z_a, z_b)
+    return library("lightly").BarlowTwinsLoss(lambd, gather_distributed=True)(z_a, z_b)
 
 
 def solo_learn_code(z_a: Tensor, z_b: Tensor, lambd: float) -> Tensor:
-    return module_of("solo", "losses/barlow.py").barlow_loss_func(z_a, z_b, lambd, scale_loss=1.0)
+    return library("solo-learn").barlow_loss_func(z_a, z_b, lambd, scale_loss=1.0)
 
 
-@functools.cache
-def module_of(package: str, path: str) -> Any:
-    """One file of an installed library, without the rest, which takes seconds to import."""
-    root = importlib.util.find_spec(package).submodule_search_locations[0]
-    spec = importlib.util.spec_from_file_location(f"{package}_one_file", f"{root}/{path}")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def stable_pretraining_code(z_a: Tensor, z_b: Tensor, lambd: float) -> Tensor:
+    return library("stable-pretraining").BarlowTwinsLoss(lambd)(z_a, z_b)
 
 
-PEERS = {  # gradient, statistics
-    official_code: ("official", "global"),
-    lightly_code: ("lightly", "local"),
-    solo_learn_code: ("official", "local"),
+STABLE_PRETRAINING = Normalization(correction=1, eps=1e-5, eps_added_to="deviation")
+PEERS = {  # gradient, statistics, convention
+    official_code: ("official", "global", BATCH_NORM),
+    lightly_code: ("lightly", "local", BATCH_NORM),
+    solo_learn_code: ("official", "local", BATCH_NORM),
+    stable_pretraining_code: ("lightly", "local", STABLE_PRETRAINING),
 }
+PATCHED = {"lightly": lightly_code, "solo-learn": solo_learn_code, "stable-pretraining": stable_pretraining_code}
 
 
 @check
-def agrees_with_the_official_code_lightly_and_solo_learn() -> None:
+def agrees_with_the_official_code_and_the_libraries() -> None:
     torch.set_default_dtype(torch.float64)  # solo-learn's
     ranks = dist.get_world_size()
-    for code, (gradient, statistics) in PEERS.items():
+    for code, (gradient, statistics, convention) in PEERS.items():
         for d in (31, 100, 4):
             for sizes in ([5] * ranks, [3 + 2 * rank for rank in range(ranks)]):
                 inputs = [own(z, sizes) for z in views(sum(sizes), d, torch.float64)]
@@ -313,12 +314,45 @@ def agrees_with_the_official_code_lightly_and_solo_learn() -> None:
                 want = (loss.detach(), *torch.autograd.grad(loss, inputs))
                 for route in ("gram", "direct"):
                     loss = barlow_twins_loss(
-                        *inputs, 0.02, route=route, group="world", gradient=gradient, statistics=statistics
-                    )
+                        *inputs, 0.02, normalization=convention, route=route,
+                        group="world", gradient=gradient, statistics=statistics,
+                    )  # fmt: skip
                     got = (loss.detach(), *torch.autograd.grad(loss, inputs))
                     errors = [error(x, y) for x, y in zip(got, want, strict=True)]
                     assert max(errors) < 1e-11, f"{code.__name__} {route} D={d} {sizes}: {errors}"
     torch.set_default_dtype(torch.float32)
+
+
+@check
+def patched_libraries_compute_what_they_computed_before() -> None:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    torch.set_default_dtype(torch.float64)
+    for name, code in PATCHED.items():
+        inputs = [own(z, [4 + r for r in range(ranks)]) for z in views(sum(range(4, 4 + ranks)), 31, torch.float64)]
+        answers = []
+        for on in (False, True):
+            with patch(name) if on else contextlib.nullcontext(), recorded() as calls:
+                loss = code(*inputs, 0.02)
+                answers.append((loss.detach(), *torch.autograd.grad((1.0 + rank) * loss, inputs)))
+        assert any(kind == "all_to_all_single" for kind, *_ in calls) == (ranks > 1)
+        assert max(error(x, y) for x, y in zip(*answers, strict=True)) < 1e-11, name
+        with patch(name), raises((TypeError, ValueError, RuntimeError), ""):  # on every rank
+            z = torch.ones(4, 3, 1 + (rank == ranks - 1))
+            code(z.squeeze(2), z.squeeze(2), 0.02)
+    torch.set_default_dtype(torch.float32)
+    loss = library("lightly").BarlowTwinsLoss()  # of each process, without a collective
+    with patch("lightly"), recorded() as calls:
+        loss(*views(4, 31))
+    assert calls == []
+
+
+@check
+def patching_waits_for_nobody() -> None:
+    if dist.get_rank() == 0:
+        for name in PATCHED:
+            with patch(name):
+                pass
+    dist.barrier()
 
 
 @check
@@ -410,13 +444,13 @@ def any_process_group() -> None:
 
 
 @contextmanager
-def raises(kind: type[Exception], message: str) -> Iterator[None]:
+def raises(kind: type[Exception] | tuple[type[Exception], ...], message: str) -> Iterator[None]:
     problem = None
     try:
         yield
     except Exception as error:
         problem = error
-    assert isinstance(problem, kind), f"expected {kind.__name__}, got {problem!r}"
+    assert isinstance(problem, kind), f"expected {kind}, got {problem!r}"
     assert message in str(problem), f"expected {message!r} in {problem}"
 
 

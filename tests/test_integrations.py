@@ -1,23 +1,23 @@
 """A patched library computes what it computed before: same number, gradient and errors, under every name it has.
 
-lightly and MONAI are imported as they are. solo-learn and stable-pretraining pull in many packages that their losses do
-not use, so here the real files of their losses are imported under empty parent packages.
+lightly and MONAI are imported as they are, solo-learn and stable-pretraining without what their losses do not use
+(peers.py). Several processes are tests/distributed_checks.py's.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib
 import importlib.util
 import inspect
 import pickle
 import sys
 from collections.abc import Callable, Iterator
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 import torch
 import torch.distributed as dist
+from peers import losses_of
 from torch import nn
 
 from barlow_fused import barlow_twins_loss, configure
@@ -54,35 +54,6 @@ class Target:
         return vars(self.module.BarlowTwinsLoss)["forward"] if self.is_class else self.module.barlow_loss_func
 
 
-def _package(name: str) -> ModuleType:
-    """An empty package of this name, whose submodules are the installed ones."""
-    spec = importlib.util.find_spec(name)
-    module = ModuleType(name)
-    module.__path__ = list(spec.submodule_search_locations)
-    sys.modules[name] = module
-    return module
-
-
-def _solo_learn() -> ModuleType:
-    _package("solo")
-    losses = _package("solo.losses")
-    losses.barlow_loss_func = importlib.import_module("solo.losses.barlow").barlow_loss_func
-    return losses
-
-
-def _stable_pretraining() -> ModuleType:
-    sys.modules["loguru"] = ModuleType("loguru")
-    sys.modules["loguru"].logger = SimpleNamespace(error=str)
-    _package("stable_pretraining")
-    utils = _package("stable_pretraining.utils")
-    distributed = importlib.import_module("stable_pretraining.utils.distributed")
-    for name in ("all_gather", "all_reduce", "get_rank", "get_world_size"):
-        setattr(utils, name, getattr(distributed, name))
-    losses = _package("stable_pretraining.losses")
-    losses.BarlowTwinsLoss = importlib.import_module("stable_pretraining.losses.joint_embedding").BarlowTwinsLoss
-    return losses
-
-
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     """The shapes are tiny: several threads would only wait for each other."""
@@ -108,7 +79,7 @@ def open_library() -> Iterator[Callable[[str], Target]]:
             return Target(name, pytest.importorskip("lightly.loss" if name == "lightly" else "monai.losses"))
         if importlib.util.find_spec(libraries.LIBRARIES[name].module.partition(".")[0]) is None:
             pytest.skip(f"{name} is not installed")
-        return Target(name, _solo_learn() if name == "solo-learn" else _stable_pretraining())
+        return Target(name, losses_of(name))
 
     forget()
     yield open_
@@ -734,40 +705,62 @@ def test_group_of_one_process(target: Target) -> None:
 
 
 @pytest.mark.usefixtures("process_group")
-def test_several_processes_are_refused(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    loss = target.loss()
-    sums_over_processes = target.name in ("solo-learn", "stable-pretraining")
-    if target.name == "lightly":
-        sums_over_processes, loss = True, target.module.BarlowTwinsLoss(gather_distributed=True)
-        local = target.module.BarlowTwinsLoss()
-    patch(target.name)
-    expected = target.loss()(*views(4, 16))
+def test_patching_communicates_with_nobody(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    def communicate(*_: object, **__: object) -> None:
+        raise AssertionError("a collective")
+
+    world = dist.group.WORLD
+    for name in ("all_reduce", "all_gather_into_tensor", "all_to_all_single"):
+        monkeypatch.setattr(dist, name, communicate)
+        monkeypatch.setattr(dist.distributed_c10d, name, communicate)
     monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
-    if sums_over_processes:
-        message = (
-            rf"not yet exact over several processes \(here 2\) for {target.name}: call .*unpatch\('{target.name}'\)"
-        )
-        with pytest.raises(NotImplementedError, match=message):
-            loss(*views(4, 16))
-        with pytest.raises(NotImplementedError, match=message):
-            loss(*torch.ones(2, 1, 1))  # before the library could wait for other processes
-    else:
-        assert loss(*views(4, 16)) == expected
-    if target.name == "lightly":
-        assert local(*views(4, 16)) == expected
+    patch(target.name)
+    assert dist.group.WORLD is world
 
 
 @pytest.mark.usefixtures("process_group")
-@pytest.mark.parametrize("name", ["solo-learn", "stable-pretraining"])
-def test_patching_among_several_processes_is_refused(
-    open_library: Callable, name: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "gradient"), [("lightly", "lightly"), ("solo-learn", "official"), ("stable-pretraining", "lightly")]
+)
+def test_several_processes_get_the_loss_over_all_of_them(
+    open_library: Callable, name: str, gradient: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    seen = []
     target = open_library(name)
-    original = target.function()
-    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
-    with pytest.raises(NotImplementedError, match="not yet exact over several processes"):
-        patch(name)
-    assert target.function() is original
+    loss = target.module.BarlowTwinsLoss(gather_distributed=True) if name == "lightly" else target.loss()
+    with patch(name):
+        monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
+        monkeypatch.setattr(libraries, "barlow_twins_loss", lambda *_, **kwargs: seen.append(kwargs))
+        loss(*views(4, 3))
+        if name == "lightly":
+            target.module.BarlowTwinsLoss()(*views(4, 3))
+    assert seen.pop(0) == {"group": "world", "gradient": gradient, "statistics": "local"}
+    assert seen == ([{}] if name == "lightly" else [])
+
+
+def _official(self, z_a, z_b):  # lightly before 1.5.26
+    return _sum(self, z_a, z_b, dist.all_reduce)
+
+
+def _not_at_all(self, z_i, z_j):  # stable-pretraining before 0.1.8
+    return _sum(self, z_i, z_j, lambda c: c)
+
+
+def _sum(self, z_a, z_b, all_reduce):
+    return barlow_twins_loss(z_a, z_b, 0.005, normalization=libraries.STABLE_PRETRAINING)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_former_versions_keep_their_own_gradient(open_library: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(libraries, "fused", lambda *args: seen.append(args[-1]))
+    for name, former in (("lightly", _official), ("stable-pretraining", _not_at_all)):
+        loss = open_library(name).module.BarlowTwinsLoss()
+        loss.gather_distributed = True
+        library = libraries.LIBRARIES[name]
+        library.make_twin(former, type(loss))(loss, *views(4, 3))
+        library.make_twin(type(loss).forward, type(loss))(loss, *views(4, 3))
+    assert seen == ["official", "lightly", None, "lightly"]
 
 
 # The official script has no loss to patch: the README shows the lines to change

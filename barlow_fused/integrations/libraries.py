@@ -1,22 +1,31 @@
 """The libraries that can be patched: where each keeps its Barlow Twins loss, and a fused twin of that loss.
 
-    library             its loss                                   a centred feature times  sums C over processes
+    library             its loss                                   a centred feature times  means C over processes
     lightly             lightly.loss.BarlowTwinsLoss               1/sqrt(var + 1e-5)       with gather_distributed
     solo-learn          solo.losses.barlow_loss_func               1/sqrt(var + 1e-5)       always
-    stable-pretraining  stable_pretraining.losses.BarlowTwinsLoss  1/(unbiased std + 1e-5)  always
+    stable-pretraining  stable_pretraining.losses.BarlowTwinsLoss  1/(unbiased std + 1e-5)  from 0.1.8 on
     monai               monai.losses.BarlowTwinsLoss               1/(unbiased std + 1e-6)  never
 
 All of them divide C by the number of samples; solo-learn multiplies the loss by ``scale_loss``.
+
+Those that know several processes standardise each one's samples by themselves (``statistics="local"``), and take C's
+mean over all processes by an all-reduce. Where autograd sees it, its backward pass sums over the processes
+(``gradient="lightly"``): lightly from 1.5.26 on, and stable-pretraining. Where it does not, a process gets the gradient
+of its own samples (``gradient="official"``): lightly before, and solo-learn. stable-pretraining before 0.1.8 throws
+the sum away. Which version it is, the names in the function's code tell.
 
 A twin has the original's parameters and gives the original's number, and never falls back to the original in silence:
 
 * Inputs that the fused loss does not take go to the original once, to raise its own error. Where the original has none
   (it answers a batch of no samples with NaN), the fused loss's error is raised.
-* Where the original would sum C over several processes, its twin raises NotImplementedError.
+* Where the original takes C's mean over several processes, the twin is the loss over all of them. The original is then
+  never called, because it might wait for processes that have no such problem: the fused loss's error is raised, and the
+  other processes raise one too.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from numbers import Real
@@ -45,10 +54,11 @@ class Library(NamedTuple):
 def lightly_twin(original: Callable, _owner: Any) -> Callable:
     """Of ``lightly.loss.BarlowTwinsLoss.forward``."""
 
+    several = "lightly" if "dist_nn" in _names(original) else "official"
+
     def forward(self: Any, z_a: Tensor, z_b: Tensor) -> Tensor:
-        if self.gather_distributed:
-            require_one_process("lightly")
-        return fused(z_a, z_b, self.lambda_param, 1.0, BATCH_NORM, lambda a, b: original(self, a, b))
+        gradient = several if self.gather_distributed else None
+        return fused(z_a, z_b, self.lambda_param, 1.0, BATCH_NORM, lambda a, b: original(self, a, b), gradient)
 
     return forward
 
@@ -57,8 +67,7 @@ def solo_learn_twin(original: Callable, _owner: Any) -> Callable:
     """Of ``solo.losses.barlow_loss_func``, with its defaults."""
 
     def barlow_loss_func(z1: Tensor, z2: Tensor, lamb: float, scale_loss: float) -> Tensor:
-        require_one_process("solo-learn")
-        return fused(z1, z2, lamb, scale_loss, BATCH_NORM, lambda a, b: original(a, b, lamb, scale_loss))
+        return fused(z1, z2, lamb, scale_loss, BATCH_NORM, lambda a, b: original(a, b, lamb, scale_loss), "official")
 
     barlow_loss_func.__defaults__ = original.__defaults__
     return barlow_loss_func
@@ -67,15 +76,15 @@ def solo_learn_twin(original: Callable, _owner: Any) -> Callable:
 def stable_pretraining_twin(original: Callable, cls: type) -> Callable:
     """Of ``stable_pretraining.losses.BarlowTwinsLoss.forward``."""
     normalize = getattr(cls, "_normalize", None)
+    several = "lightly" if "get_world_size" in _names(original) else None
 
     def forward(self: Any, z_i: Tensor, z_j: Tensor) -> Tensor:
-        require_one_process("stable-pretraining")
         if getattr(self, "_normalize", None) is not normalize:
             raise NotImplementedError(
                 f"{type(self).__name__} has its own _normalize, which the fused loss does not call: "
                 "barlow_fused.integrations.unpatch('stable-pretraining') lets it"
             )
-        return fused(z_i, z_j, self.lambd, 1.0, STABLE_PRETRAINING, lambda a, b: original(self, a, b))
+        return fused(z_i, z_j, self.lambd, 1.0, STABLE_PRETRAINING, lambda a, b: original(self, a, b), several)
 
     return forward
 
@@ -104,22 +113,30 @@ def fused(
     scale: float | Tensor,
     normalization: Normalization,
     own: Callable[[Tensor, Tensor], Tensor],
+    gradient: str | None = None,
 ) -> Tensor:  # []
     """The fused loss for the arguments of a library's loss; ``own`` is that loss, asked only for its errors.
 
     The weights may be what the libraries take: any real number, infinity and NaN too, or a 0-d tensor, which gets its
-    gradient. Returns float32 (float64 for float64 inputs), under autocast too.
+    gradient. ``gradient`` is the convention of a loss over all processes, None where the loss is each process's own.
+    Returns float32 (float64 for float64 inputs), under autocast too.
     """
     x_a, x_b = plain(z_a, z_b)
+    several = {}
+    if gradient is not None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        several = {"group": "world", "gradient": gradient, "statistics": "local"}
     problem = find_problem(x_a, x_b, lambd, scale)
     if problem is not None:
-        own(z_a, z_b)
+        if several:
+            barlow_twins_loss(x_a, x_b, lambd, scale, normalization, **several)  # raises, in the other processes too
+        else:
+            own(z_a, z_b)
         raise problem
-    if torch.float64 in (x_a.dtype, torch.get_default_dtype()):
+    if torch.float64 in (x_a.dtype, torch.get_default_dtype()) and not several:
         own(z_a[:2, :1], z_b[:2, :1])  # solo-learn mixes its inputs with tensors of the default dtype: an error then
     if all(isinstance(weight, Real) and math.isfinite(weight) for weight in (lambd, scale)):
-        return barlow_twins_loss(x_a, x_b, float(lambd), float(scale), normalization)
-    terms = barlow_twins_loss(x_a, x_b, normalization=normalization, return_terms=True)
+        return barlow_twins_loss(x_a, x_b, float(lambd), float(scale), normalization, **several)
+    terms = barlow_twins_loss(x_a, x_b, normalization=normalization, return_terms=True, **several)
     lambd, scale = (torch.as_tensor(w, dtype=terms.loss.dtype, device=terms.loss.device) for w in (lambd, scale))
     return scale * (terms.on_diag + lambd * terms.off_diag)
 
@@ -157,10 +174,7 @@ def find_problem(z_a: Any, z_b: Any, lambd: Any, scale: Any) -> Exception | None
     return None
 
 
-def require_one_process(library: str) -> None:
-    """Raise NotImplementedError where the process group has several processes."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        raise NotImplementedError(
-            f"the fused loss is not yet exact over several processes (here {dist.get_world_size()}) for {library}: "
-            f"call barlow_fused.integrations.unpatch({library!r}) to use {library}'s own loss"
-        )
+def _names(function: Callable) -> tuple[str, ...]:
+    """The names that a function's code looks up."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return () if code is None else code.co_names
