@@ -30,7 +30,7 @@ from ..normalization import Normalization
 from ..reference import BarlowTwinsTerms
 from . import Weights
 from .triton_kernels import configs
-from .triton_kernels.blocks import STATS_ROWS
+from .triton_kernels.blocks import stats_rows
 from .triton_kernels.configs import Blocks, precision_of
 from .triton_kernels.correlate import correlate_kernel, correlate_terms_kernel
 from .triton_kernels.direct_grad import direct_grad_kernel
@@ -49,7 +49,7 @@ class Normalized:
     z_b: Tensor  # [N, D]
     normalization: Normalization | None  # None: A_hat and B_hat are the inputs themselves
     hats: Tensor | None  # [2, N, D] A_hat and B_hat
-    stats: Tensor  # [11, D] float32, the rows that blocks.py names; [1, D], only c, without normalization
+    stats: Tensor  # [1, 7 or 9; D] float32, the rows that blocks.py names
     sums: Tensor | None = None  # [2, slabs] float64: of (c_i - 1)^2 and of c_i^2; forward only
     counters: Tensor | None = None  # int32 zeros for the kernel that comes next; forward only
 
@@ -83,9 +83,9 @@ class Normalized:
 def empty_saved(z_a: Tensor, route: str, normalization: Normalization | None) -> list[Tensor]:
     """Empty tensors of the shapes and dtypes of [product, *saved]."""
     n, d = z_a.shape
-    dtype = _dtype(z_a, normalization)
+    dtype = configs.compute_dtype(n, d, z_a.dtype, normalization is not None)
     product = z_a.new_empty((2, n, n) if route == "gram" else (d, d), dtype=dtype)
-    stats = _empty_stats(z_a, normalization)
+    stats = _empty_stats(z_a, normalization, dtype)
     return [product, stats] if normalization is None else [product, stats, z_a.new_empty(2, n, d, dtype=dtype)]
 
 
@@ -96,15 +96,16 @@ def normalize(z_a: Tensor, z_b: Tensor, normalization: Normalization | None) -> 
     n, d = z_a.shape
     normalized = normalization is not None
     convention = normalization or Normalization()
-    dtype = _dtype(z_a, normalization)
+    dtype = configs.compute_dtype(n, d, z_a.dtype, normalized)
     hats = z_a.new_empty(2, n, d, dtype=dtype) if normalized else None
     a_hat, b_hat = hats.unbind() if normalized else (None, None)
-    stats = _empty_stats(z_a, normalization)
+    stats = _empty_stats(z_a, normalization, dtype)
     slab = next((slab for slab in configs.NORMALIZE if n <= slab.rows), None)
     columns = (slab or configs.TWO_PHASES).columns
     slabs = triton.cdiv(d, columns)
     sums = torch.empty(2, slabs, dtype=torch.float64, device=z_a.device)
-    counters = torch.empty(_triangle(n, _gram_blocks(z_a, dtype).m) + 1, dtype=torch.int32, device=z_a.device)
+    tiles = configs.triangle(n, configs.chip(z_a.device).gram(n, dtype).m)
+    counters = torch.empty(tiles + 1, dtype=torch.int32, device=z_a.device)
     shared = {
         "NORMALIZE": normalized,
         "EPS_IN_ROOT": convention.eps_added_to == "variance",
@@ -135,9 +136,10 @@ def normalize(z_a: Tensor, z_b: Tensor, normalization: Normalization | None) -> 
 def gram(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[BarlowTwinsTerms, Tensor | None]:
     """The terms, and K_a / D - I and K_b / D - I stacked, (2, N, N) (without normalization, K_a / D and K_b / D)."""
     n, d = x.z_a.shape
-    precision, blocks = precision_of(x.dtype), _gram_blocks(x.z_a, x.dtype)
-    tiles = _triangle(n, blocks.m)
-    split, steps = _split(x.z_a, tiles, blocks)
+    precision, chip = precision_of(x.dtype), configs.chip(x.z_a.device)
+    blocks = chip.gram(n, x.dtype)
+    tiles = configs.triangle(n, blocks.m)
+    split, steps = chip.split(n, d, x.z_a.element_size(), blocks)
     terms = _empty_terms(x.z_a)
     a_hat, b_hat = x.views
     k = x.z_a.new_empty(2, n, n, dtype=x.dtype) if need_grad else None
@@ -164,15 +166,20 @@ def gram(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[Ba
     return terms, k
 
 
-def correlate(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[BarlowTwinsTerms, Tensor | None]:
-    """The terms, and C with its diagonal set to 0, (D, D). Fills the last rows of ``x.stats`` for the backward pass."""
+def correlate(
+    x: Normalized,
+    lambd: float,
+    scale: float,
+    need_grad: bool,
+    dtype: torch.dtype | None = None,  # of C; the dtype that is multiplied
+) -> tuple[BarlowTwinsTerms, Tensor | None]:
+    """The terms, and C with its diagonal set to 0, (D, D). Fills the rows PRODUCT of ``x.stats``."""
     n, d = x.z_a.shape
     precision = precision_of(x.dtype)
-    tiles = triton.cdiv(d, configs.table(x.z_a.device)["correlate", precision][1].m)
-    blocks = _blocks("correlate", x.z_a, x.dtype, many=tiles**2 >= configs.multiprocessors(x.z_a.device))
+    blocks = configs.chip(x.z_a.device).correlate(d, x.dtype)
     tiles = triton.cdiv(d, blocks.m)
     terms = _empty_terms(x.z_a)
-    c = x.z_a.new_empty(d, d, dtype=x.dtype) if need_grad else None
+    c = x.z_a.new_empty(d, d, dtype=dtype or x.dtype) if need_grad else None
     row_sums = x.stats.new_empty(2, tiles, d) if need_grad and x.normalization is not None else None
     off_sums = x.sums.new_empty(tiles**2)
     factors = (x.z_a, x.z_b, *x.views) if x.raw else x.views * 2
@@ -228,16 +235,17 @@ def input_grad(
     return grads
 
 
-def _gram_grad(x: Normalized, k: Tensor, weights: Weights, grads: tuple[Tensor | None, Tensor | None]) -> None:
+def _gram_grad(
+    x: Normalized,
+    k: Tensor,
+    weights: Weights,
+    grads: tuple[Tensor | None, Tensor | None],
+    k_divisor: int | None = None,  # where x has a part of the features: the D of all of them, which K was divided by
+) -> None:
     n, d = x.z_a.shape
     precision = precision_of(x.dtype)
     normalized = x.normalization is not None
-    one_tile = normalized and n <= max(configs.ONE_TILE)
-    if one_tile:
-        blocks = next(b for rows, b in configs.ONE_TILE.items() if n <= rows)[precision != "half"]
-    else:
-        programs = 2 * triton.cdiv(d, configs.table(x.z_a.device)["gram_grad", precision][1].n)
-        blocks = _blocks("gram_grad", x.z_a, x.dtype, many=4 * programs >= 3 * configs.multiprocessors(x.z_a.device))
+    blocks = configs.chip(x.z_a.device).gram_grad(n, d, x.dtype, normalized)
     slabs = triton.cdiv(d, blocks.n)
     views = [view for view in range(2) if grads[view] is not None]
     out = [grads[view] if grads[view] is not None else grads[views[0]] for view in range(2)]
@@ -250,11 +258,12 @@ def _gram_grad(x: Normalized, k: Tensor, weights: Weights, grads: tuple[Tensor |
     _tuned(gram_grad_kernel)[(len(views) * slabs * row_tiles,)](
         *(*views_z, *views_z[0].stride(), *views_z[1].stride()),
         *(right, b_hat, *a_hat.stride(), *b_hat.stride(), left, x.stats),
-        *(*out, *out[0].stride(), *out[1].stride(), *weights[:3], n, d, views[0], slabs, weights.lambd, weights.scale),
+        *(*out, *out[0].stride(), *out[1].stride(), *weights[:3], n, d, k_divisor or d),
+        *(views[0], slabs, weights.lambd, weights.scale),
         NORMALIZED=normalized,
         RAW=x.raw,
         SHIFT=1 if normalized else 0,
-        WALK=normalized and not one_tile,
+        WALK=normalized and n > blocks.m,
         BLOCK_M=blocks.m,
         BLOCK_D=blocks.n,
         BLOCK_K=blocks.k,
@@ -272,9 +281,7 @@ def _gram_grad(x: Normalized, k: Tensor, weights: Weights, grads: tuple[Tensor |
 def _direct_grad(x: Normalized, c: Tensor, weights: Weights, grads: tuple[Tensor | None, Tensor | None]) -> None:
     n, d = x.z_a.shape
     precision = precision_of(x.dtype)
-    large = configs.table(x.z_a.device)["direct_grad", precision][1]
-    programs = triton.cdiv(n, large.m) * triton.cdiv(d, large.n)
-    blocks = _blocks("direct_grad", x.z_a, x.dtype, many=programs >= configs.multiprocessors(x.z_a.device))
+    blocks = configs.chip(x.z_a.device).direct_grad(n, d, x.dtype)
     hats = x.views
     views_z = (x.z_a, x.z_b) if x.raw else hats
     for view, grad in enumerate(grads):
@@ -304,53 +311,13 @@ def _direct_grad(x: Normalized, c: Tensor, weights: Weights, grads: tuple[Tensor
         )
 
 
-def _empty_stats(z: Tensor, normalization: Normalization | None) -> Tensor:
-    return torch.empty(1 if normalization is None else STATS_ROWS, z.shape[1], dtype=torch.float32, device=z.device)
+def _empty_stats(z: Tensor, normalization: Normalization | None, dtype: torch.dtype) -> Tensor:
+    rows = stats_rows(normalization is not None, raw=dtype != torch.float32)
+    return torch.empty(rows, z.shape[1], dtype=torch.float32, device=z.device)
 
 
 def _empty_terms(z: Tensor) -> BarlowTwinsTerms:
     return BarlowTwinsTerms(*(torch.empty((), dtype=torch.float32, device=z.device) for _ in range(3)))
-
-
-def _dtype(z: Tensor, normalization: Normalization | None) -> torch.dtype:
-    """What is multiplied: in small half-precision inputs the rounding of A_hat does not average out."""
-    if normalization is not None and z.numel() <= configs.FLOAT32_ELEMENTS:
-        return torch.float32
-    return z.dtype
-
-
-def _blocks(kernel: str, z: Tensor, dtype: torch.dtype, many: bool) -> Blocks:
-    return configs.table(z.device)[kernel, precision_of(dtype)][many]
-
-
-def _gram_blocks(z: Tensor, dtype: torch.dtype) -> Blocks:
-    return _blocks("gram", z, dtype, many=z.shape[0] >= configs.GRAM_MANY_ROWS)
-
-
-def _triangle(n: int, block: int) -> int:
-    """Tiles of the lower triangle of an (n, n) matrix."""
-    rows = triton.cdiv(n, block)
-    return rows * (rows + 1) // 2
-
-
-def _split(z: Tensor, tiles: int, blocks: Blocks) -> tuple[int, int]:
-    """Into how many slices gram cuts D, and their length in steps of BLOCK_K.
-
-    A program takes as many steps as its slice has and about 8 more to start, store and hand over, and a tile's last
-    phase about 2 a slice. The multiprocessors take the programs in waves. The partial tiles may take the memory of the
-    two input gradients, which do not exist yet, and always that of one slice.
-    """
-    n, d = z.shape
-    steps = triton.cdiv(d, blocks.k)
-    budget = 2 * n * d * z.element_size() // (2 * tiles * blocks.m**2 * 4)
-    processors = configs.multiprocessors(z.device)
-
-    def time(split: int) -> int:
-        return triton.cdiv(2 * tiles * split, processors) * (triton.cdiv(steps, split) + 8) + 2 * split
-
-    split = min(range(1, max(1, min(configs.MAX_SPLIT, budget, steps)) + 1), key=time)
-    length = triton.cdiv(steps, split)
-    return triton.cdiv(steps, length), length
 
 
 def _chunk(precision: str, length: int) -> int:

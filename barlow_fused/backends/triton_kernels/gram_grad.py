@@ -49,7 +49,8 @@ def gram_grad_kernel(
     stats,
     grad_a, grad_b, grad_a_n, grad_a_d, grad_b_n, grad_b_d,  # a gradient that is not wanted is never touched
     g_loss, g_on, g_off,  # [] or None
-    N, D, first_view, slabs, lambd, scale,
+    N, D, k_divisor,  # K's D: that of all ranks, where a rank has a part of the features
+    first_view, slabs, lambd, scale,
     NORMALIZED: tl.constexpr, RAW: tl.constexpr, SHIFT: tl.constexpr, WALK: tl.constexpr,  # WALK: several row tiles
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
@@ -101,11 +102,11 @@ def gram_grad_kernel(
             p_left, p_right = halves(p)
             mean_left += _finish(
                 p_left, rows, left, own, own_n, own_d, other, other_n, other_d, grad, grad_n, grad_d,
-                stats, view, w_on, w_off, N, D, NORMALIZED, RAW, SHIFT, True, EVEN,
+                stats, view, w_on, w_off, N, D, k_divisor, NORMALIZED, RAW, SHIFT, True, EVEN,
             )  # fmt: skip
             mean_right += _finish(
                 p_right, rows, right, own, own_n, own_d, other, other_n, other_d, grad, grad_n, grad_d,
-                stats, view, w_on, w_off, N, D, NORMALIZED, RAW, SHIFT, True, EVEN,
+                stats, view, w_on, w_off, N, D, k_divisor, NORMALIZED, RAW, SHIFT, True, EVEN,
             )  # fmt: skip
         tl.debug_barrier()  # the second walk reads what other threads of this program have stored
         for tile in range(0, row_tiles):
@@ -157,18 +158,18 @@ def gram_grad_kernel(
         p_left, p_right = halves(p)
         _finish(
             p_left, rows, left, own, own_n, own_d, other, other_n, other_d, grad, grad_n, grad_d,
-            stats, view, w_on, w_off, N, D, NORMALIZED, RAW, SHIFT, False, EVEN,
+            stats, view, w_on, w_off, N, D, k_divisor, NORMALIZED, RAW, SHIFT, False, EVEN,
         )  # fmt: skip
         _finish(
             p_right, rows, right, own, own_n, own_d, other, other_n, other_d, grad, grad_n, grad_d,
-            stats, view, w_on, w_off, N, D, NORMALIZED, RAW, SHIFT, False, EVEN,
+            stats, view, w_on, w_off, N, D, k_divisor, NORMALIZED, RAW, SHIFT, False, EVEN,
         )  # fmt: skip
 
 
 @triton.jit
 def _finish(
     p, rows, columns, own, own_n, own_d, other, other_n, other_d, grad, grad_n, grad_d,
-    stats, view, w_on, w_off, N, D,
+    stats, view, w_on, w_off, N, D, k_divisor,
     NORMALIZED: tl.constexpr, RAW: tl.constexpr, SHIFT: tl.constexpr, WALK: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Store a tile of the gradient, and return this tile's part of mean_n(own * q).
@@ -183,7 +184,7 @@ def _finish(
     tall = rows.to(tl.int64)[:, None]
     wide = columns.to(tl.int64)[None, :]
     c = tl.load(stats + C * D + columns, mask=inside)
-    alpha = w_off * (2.0 / N) * (D * 1.0 / N)
+    alpha = w_off * (2.0 / N) * (k_divisor * 1.0 / N)
     d = (2.0 / N) * (w_on * (c - 1.0) - w_off * c)
     y = tl.load(other + tall * other_n + wide * other_d, mask=mask).to(tl.float32)
     mean = 0.0
