@@ -28,6 +28,8 @@ class KnownGpu:
     """A row of the table of rates."""
 
     torch_name: str  # what torch.cuda.get_device_name() calls it
+    capability: tuple[int, int]
+    multiprocessors: int
     measured: bool  # bandwidth and "half" are measured; everything else is the datasheet's peak, without sparsity
     bandwidth: float  # bytes/s
     products: dict[str, float]  # FLOP/s of a matrix product, by what its operands are
@@ -39,10 +41,10 @@ _HOPPER = {"tf32": 494.7e12, "float32": 66.9e12, "float64": 66.9e12}
 _A100 = {"half": 312e12, "tf32": 156e12, "float32": 19.5e12, "float64": 19.5e12}
 _B200 = {"half": 2250e12, "tf32": 1100e12, "float32": 75e12, "float64": 37e12}
 KNOWN = {
-    "h200": KnownGpu("NVIDIA H200", True, 4.3e12, {"half": 790e12, **_HOPPER}),
-    "h100": KnownGpu("NVIDIA H100 80GB HBM3", True, 3.0e12, {"half": 798e12, **_HOPPER}),
-    "a100": KnownGpu("NVIDIA A100-SXM4-80GB", False, 2.039e12, _A100),
-    "b200": KnownGpu("NVIDIA B200", False, 8.0e12, _B200),
+    "h200": KnownGpu("NVIDIA H200", (9, 0), 132, True, 4.3e12, {"half": 790e12, **_HOPPER}),
+    "h100": KnownGpu("NVIDIA H100 80GB HBM3", (9, 0), 132, True, 3.0e12, {"half": 798e12, **_HOPPER}),
+    "a100": KnownGpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, False, 2.039e12, _A100),
+    "b200": KnownGpu("NVIDIA B200", (10, 0), 148, False, 8.0e12, _B200),
 }
 
 
@@ -55,12 +57,26 @@ class Device:
         type: ``"cpu"`` or ``"cuda"``.
         known: its row of the table, or None: its rates are measured.
         index: which GPU of this machine to measure.
+        here: whether it is a device of this machine; one that was named by its row of the table need not be.
     """
 
     label: str
     type: str
     known: KnownGpu | None = None
     index: int = 0
+    here: bool = True
+
+    @property
+    def torch_device(self) -> torch.device:
+        """As PyTorch names it."""
+        return _torch_device(self.type, self.index)
+
+    @property
+    def capability(self) -> tuple[int, int] | None:
+        """The compute capability of a GPU."""
+        if self.known:
+            return self.known.capability
+        return torch.cuda.get_device_capability(self.index) if self.type == "cuda" else None
 
     def source(self, dtype: torch.dtype) -> str:
         """Where its bandwidth and its rate for a product in ``dtype`` come from."""
@@ -103,7 +119,7 @@ def resolve_device(device: str | torch.device | None) -> Device:
     if isinstance(device, str):
         if device.lower() in KNOWN:
             known = KNOWN[device.lower()]
-            return Device(known.torch_name, "cuda", known)
+            return Device(known.torch_name, "cuda", known, here=False)
         try:
             device = torch.device(device)
         except RuntimeError:

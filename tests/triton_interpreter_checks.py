@@ -18,7 +18,7 @@ from cases import NORMALIZATIONS, ROUTES, answer, assert_close, error, oracle, v
 from barlow_fused import barlow_twins_loss
 from barlow_fused.backends import Weights, triton_backend, why_unusable
 from barlow_fused.backends.triton_kernels import configs
-from barlow_fused.backends.triton_kernels.configs import Blocks, Slab
+from barlow_fused.backends.triton_kernels.configs import Blocks, Chip, Slab
 from barlow_fused.backends.triton_kernels.gram import lower_triangle_tile
 from barlow_fused.normalization import CONVENTIONS
 
@@ -159,22 +159,18 @@ def test_correlate_takes_the_centred_form_where_means_are_large():
 @pytest.mark.parametrize("split", [1, 2, 6])
 def test_gram_split(split, normalization, monkeypatch):
     """However many slices D is cut into, the last of them cut short: the same number."""
-    monkeypatch.setattr(
-        triton_backend, "_split", lambda z, tiles, blocks: (split, -(-z.shape[1] // (blocks.k * split)))
-    )
+    monkeypatch.setattr(Chip, "split", lambda _, n, d, itemsize, blocks: (split, -(-d // (blocks.k * split))))
     z_a, z_b = views(50, 215)
     loss = triton_loss(route="gram", normalization=normalization)
     assert_close(answer(loss, z_a, z_b), z_a, z_b, NORMALIZATIONS[normalization])
 
 
 def test_split_covers_all_columns_and_keeps_the_memory_bound():
+    blocks = Blocks(64, 64, 64, 4, 4)
     for n, d in ((2, 1), (256, 8192), (100, 250), (2048, 65536), (31, 262144)):
-        z = torch.empty(n, d, dtype=torch.bfloat16, device="meta")
-        blocks = Blocks(64, 64, 64, 4, 4)
-        tiles = triton_backend._triangle(n, blocks.m)
-        split, steps = triton_backend._split(z, tiles, blocks)
-        assert (split - 1) * steps * blocks.k < d <= split * steps * blocks.k
-        assert split == 1 or split * tiles * 2 * blocks.m**2 * 4 <= 2 * n * d * 2
+        slices, steps = Chip(80, 132).split(n, d, 2, blocks)
+        assert (slices - 1) * steps * blocks.k < d <= slices * steps * blocks.k
+        assert slices == 1 or slices * configs.triangle(n, blocks.m) * 2 * blocks.m**2 * 4 <= 2 * n * d * 2
 
 
 @pytest.mark.parametrize("route", ROUTES)

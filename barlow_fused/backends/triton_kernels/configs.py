@@ -104,20 +104,71 @@ TWO_PHASES = Slab(128, 64, 8)
 MAX_CHUNKS = 16  # of rows, in the two phases
 
 
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What the choice of blocks depends on, beside the shape."""
+
+    architecture: int  # row of TABLE
+    multiprocessors: int  # as many programs run at once, one a multiprocessor
+
+    def gram(self, n: int, dtype: torch.dtype) -> Blocks:
+        return self._blocks("gram", dtype, n >= GRAM_MANY_ROWS)
+
+    def correlate(self, d: int, dtype: torch.dtype) -> Blocks:
+        tiles = cdiv(d, self._blocks("correlate", dtype).m)
+        return self._blocks("correlate", dtype, tiles**2 >= self.multiprocessors)
+
+    def gram_grad(self, n: int, d: int, dtype: torch.dtype, normalized: bool) -> Blocks:
+        """With all rows in one tile where they fit."""
+        if normalized and n <= max(ONE_TILE):
+            return next(b for rows, b in ONE_TILE.items() if n <= rows)[precision_of(dtype) != "half"]
+        programs = 2 * cdiv(d, self._blocks("gram_grad", dtype).n)
+        return self._blocks("gram_grad", dtype, 4 * programs >= 3 * self.multiprocessors)
+
+    def direct_grad(self, n: int, d: int, dtype: torch.dtype) -> Blocks:
+        large = self._blocks("direct_grad", dtype)
+        return self._blocks("direct_grad", dtype, cdiv(n, large.m) * cdiv(d, large.n) >= self.multiprocessors)
+
+    def _blocks(self, kernel: str, dtype: torch.dtype, many: bool = True) -> Blocks:
+        return TABLE[self.architecture][kernel, precision_of(dtype)][many]
+
+    def split(self, n: int, d: int, itemsize: int, blocks: Blocks) -> tuple[int, int]:
+        """Into how many slices gram cuts D, and their length in steps of BLOCK_K.
+
+        A program takes as many steps as its slice has and about 8 more to start, store and hand over, and a tile's
+        last phase about 2 a slice. The multiprocessors take the programs in waves. The partial tiles may take the
+        memory of the two input gradients, which do not exist yet, and always that of one slice.
+        """
+        tiles, steps = triangle(n, blocks.m), cdiv(d, blocks.k)
+        budget = 2 * n * d * itemsize // (2 * tiles * blocks.m**2 * 4)
+
+        def time(slices: int) -> int:
+            return cdiv(2 * tiles * slices, self.multiprocessors) * (cdiv(steps, slices) + 8) + 2 * slices
+
+        slices = min(range(1, max(1, min(MAX_SPLIT, budget, steps)) + 1), key=time)
+        length = cdiv(steps, slices)
+        return cdiv(steps, length), length
+
+
+def chip(device: torch.device) -> Chip:
+    """Of a device of this machine."""
+    return Chip(architecture(device), multiprocessors(device))
+
+
 @functools.cache
 def architecture(device: torch.device) -> int:
-    """The row of TABLE for a device: its compute capability, grouped by shared memory and instructions."""
+    """The row of TABLE for a device."""
     if device.type != "cuda":
         return 80  # the interpreter
-    major, minor = torch.cuda.get_device_capability(device)
+    return architecture_of(torch.cuda.get_device_capability(device))
+
+
+def architecture_of(capability: tuple[int, int]) -> int:
+    """The row of TABLE for a compute capability: grouped by shared memory and instructions."""
+    major, minor = capability
     if (major == 8 and minor != 0) or major >= 12:
         return 86
     return {8: 80, 9: 90}.get(major, 100)
-
-
-def table(device: torch.device) -> dict[tuple[str, str], tuple[Blocks, Blocks]]:
-    """The blocks for a device."""
-    return TABLE[architecture(device)]
 
 
 def has_tma(device: torch.device) -> bool:
@@ -129,7 +180,7 @@ def has_tma(device: torch.device) -> bool:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many programs run at once, one a multiprocessor."""
+    """Of a device of this machine."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
@@ -142,6 +193,22 @@ def precision_of(dtype: torch.dtype) -> str:
     if dtype != torch.float32:
         return "half"
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def compute_dtype(n: int, d: int, dtype: torch.dtype, normalized: bool) -> torch.dtype:
+    """What is multiplied: in small half-precision inputs the rounding of A_hat does not average out."""
+    return torch.float32 if normalized and n * d <= FLOAT32_ELEMENTS else dtype
+
+
+def triangle(n: int, block: int) -> int:
+    """Tiles of the lower triangle of an (n, n) matrix."""
+    rows = cdiv(n, block)
+    return rows * (rows + 1) // 2
+
+
+def cdiv(x: int, y: int) -> int:
+    """x / y, rounded up."""
+    return -(-x // y)
 
 
 def raw_limit(n: int) -> float:

@@ -2,7 +2,7 @@
 
     reads   z_a, z_b                        2 N D numbers, once (``normalize_kernel``) or twice (the two phases)
     writes  A_hat, B_hat                    2 N D numbers in the inputs' dtype; nothing where nothing is standardised
-            stats [11, D] float32           the rows that blocks.py names
+            stats [1, 7 or 9; D] float32    the rows that blocks.py names
             sums [2, slabs] float64         each slab's sums of (c_i - 1)^2, the on-diagonal term, and of c_i^2
             counters                        zeros, for the kernel that comes next
     FLOPs   about 14 N D; the bytes are what it costs
@@ -49,7 +49,7 @@ def normalize_kernel(
         first_b, mean_b, b = _centre(z_b, b_d, b, columns, inside, N, D)
         c, rstd_a, rstd_b = _finish(
             first_a + mean_a, first_b + mean_b, tl.sum(a * a, 0), tl.sum(b * b, 0), tl.sum(a * b, 0),
-            stats, N, D, D, columns, eps, correction, EPS_IN_ROOT,
+            stats, N, D, D, columns, eps, correction, EPS_IN_ROOT, a_hat.dtype.element_ty != tl.float32,
         )  # fmt: skip
         _store(a_hat, a * rstd_a[None, :], rows, columns, N, D)
         _store(b_hat, b * rstd_b[None, :], rows, columns, N, D)
@@ -143,7 +143,8 @@ def apply_moments_kernel(
         first_b = tl.load(z_b + columns.to(tl.int64) * b_d, mask=columns < D, other=0.0).to(tl.float32)
         c, rstd_a, rstd_b = _finish(
             first_a + mean_a, first_b + mean_b, m2_a, m2_b, cross,
-            stats, N, D, tl.where(chunk == 0, D, 0), columns, eps, correction, EPS_IN_ROOT,
+            stats, N, D, tl.where(chunk == 0, D, 0), columns, eps, correction,
+            EPS_IN_ROOT, a_hat.dtype.element_ty != tl.float32,
         )  # fmt: skip
         begin = chunk * rows_per_chunk
         end = tl.minimum(begin + rows_per_chunk, N)
@@ -202,7 +203,8 @@ def _merge(n_1, a_1, b_1, aa_1, bb_1, ab_1, n_2, a_2, b_2, aa_2, bb_2, ab_2):
 
 @triton.jit
 def _finish(
-    mean_a, mean_b, m2_a, m2_b, cross, stats, n, d, store_below, columns, eps, correction, EPS_IN_ROOT: tl.constexpr
+    mean_a, mean_b, m2_a, m2_b, cross, stats, n, d, store_below, columns, eps, correction,
+    EPS_IN_ROOT: tl.constexpr, RAW: tl.constexpr,
 ):  # fmt: skip
     """rstd and c from means, sums of squares and of products; stores the features below ``store_below``."""
     rstd_a, kappa_a = _rstd_and_kappa(m2_a, n, eps, correction, EPS_IN_ROOT)
@@ -210,14 +212,15 @@ def _finish(
     mask = columns < store_below
     row = stats + columns
     stride = tl.cast(d, tl.int64)
-    tl.store(row + MEAN * stride, mean_a, mask=mask)
-    tl.store(row + (MEAN + 1) * stride, mean_b, mask=mask)
     tl.store(row + RSTD * stride, rstd_a, mask=mask)
     tl.store(row + (RSTD + 1) * stride, rstd_b, mask=mask)
     tl.store(row + KAPPA * stride, kappa_a, mask=mask)
     tl.store(row + (KAPPA + 1) * stride, kappa_b, mask=mask)
     tl.store(row + SQUARE * stride, m2_a * rstd_a * rstd_a / n, mask=mask)
     tl.store(row + (SQUARE + 1) * stride, m2_b * rstd_b * rstd_b / n, mask=mask)
+    if RAW:
+        tl.store(row + MEAN * stride, mean_a, mask=mask)
+        tl.store(row + (MEAN + 1) * stride, mean_b, mask=mask)
     return cross * rstd_a * rstd_b / n, rstd_a, rstd_b
 
 

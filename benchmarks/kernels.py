@@ -1,0 +1,216 @@
+"""What the Triton backend launches for a shape, compiled ahead of time: neither a GPU nor its driver is needed.
+
+python -m benchmarks.kernels
+python -m benchmarks.kernels --arch 80 --dtype float32 --shape 256x8192 --shape 8192x2048:direct
+
+The operations run on tensors of the meta device, which have shapes and no data, with recorders in the place of the
+kernels; what they would have launched is compiled for the architecture. For each kernel: the seconds that compiling it
+took by the clock and of processor time (ptxas included), registers a thread, spilled bytes, and shared memory. What a
+first call on a GPU takes beyond that is loading the kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import io
+import os
+import re
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns where it is not set
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from barlow_fused.backends import Weights, triton_backend
+from barlow_fused.backends.triton_kernels import configs
+from barlow_fused.normalization import CONVENTIONS, Normalization
+
+KERNELS = (
+    *("normalize_kernel", "moments_kernel", "apply_moments_kernel", "gram_kernel", "gram_grad_kernel"),
+    *("correlate_kernel", "correlate_terms_kernel", "direct_grad_kernel"),
+)
+TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float64: "fp64",
+    torch.int32: "i32",
+}
+SHAPES = ("256x8192", "2048x65536", "8192x2048:direct")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A kernel for one architecture."""
+
+    ptx: str
+    shared_memory: int  # bytes
+    spilled: int  # bytes stored and loaded
+    registers: int  # of a thread
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """A kernel, and what it would have been launched with."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple
+    options: dict[str, Any]
+
+    @functools.cached_property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+    @functools.cached_property
+    def values(self) -> dict[str, Any]:
+        """All arguments by name."""
+        return dict(zip(self.kernel.arg_names, self.arguments, strict=False)) | self.options
+
+    def compile(self, arch: int) -> Compiled:
+        """As Triton's launcher would: integers of 1 are constants, multiples of 16 are known to be."""
+        signature, constants, attributes = {}, {}, {}
+        for index, parameter in enumerate(self.kernel.params):
+            value, name = self.values[parameter.name], parameter.name
+            aligned = False
+            if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+                if not (parameter.is_constexpr or value is None) and parameter.do_not_specialize:
+                    signature[name] = "i32"
+                else:
+                    signature[name], constants[name] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[name], aligned = "*" + TYPES[value.dtype], True
+            elif isinstance(value, TensorDescriptor):
+                signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>".replace(" ", "")
+            elif isinstance(value, float):
+                signature[name] = "fp32"
+            else:
+                signature[name] = "i32" if abs(value) < 2**31 else "i64"
+                aligned = value % 16 == 0 and not parameter.do_not_specialize
+            if aligned:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+        source = ASTSource(self.kernel, signature, constants, attributes)
+        options = {k: v for k, v in self.options.items() if k in ("num_warps", "num_stages")}
+        log = io.StringIO()  # of ptxas, which says how many registers it spilled
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.redirect_stdout(log))
+            stack.enter_context(mock.patch.object(triton.knobs.nvidia, "dump_ptxas_log", True))
+            stack.enter_context(mock.patch.object(triton.knobs.compilation, "always_compile", True))
+            compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue())
+        return Compiled(
+            ptx=compiled.asm["ptx"],
+            shared_memory=compiled.metadata.shared,
+            spilled=int(spilled[1]) + int(spilled[2]),
+            registers=int(re.search(r"Used (\d+) registers", log.getvalue())[1]),
+        )
+
+
+class Recorder:
+    """In the place of a kernel: remembers what it would have been launched with."""
+
+    def __init__(self, kernel: Any, launches: list[Launch]) -> None:
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *args, **options: self.launches.append(Launch(self.kernel, grid, args, options))
+
+
+@contextlib.contextmanager
+def recorded(arch: int, precision: str = "highest", multiprocessors: int = 132):  # noqa: ANN201
+    """In this block the backend launches nothing; the list that it yields has what it would have launched there."""
+    launches: list[Launch] = []
+    with contextlib.ExitStack() as stack:
+        for name in KERNELS:
+            recorder = Recorder(getattr(triton_backend, name), launches)
+            stack.enter_context(mock.patch.object(triton_backend, name, recorder))
+        for owner, name, value in (
+            (configs, "architecture", arch),
+            (configs, "multiprocessors", multiprocessors),
+            (configs, "has_tma", arch >= 90),
+            (torch, "get_float32_matmul_precision", precision),
+        ):
+            stack.enter_context(mock.patch.object(owner, name, return_value=value))
+        yield launches
+
+
+def launches_of(
+    arch: int,
+    n: int,
+    d: int,
+    dtype: torch.dtype,
+    route: str,
+    convention: Normalization | None = CONVENTIONS["batch_norm"],
+    precision: str = "highest",
+    views: Sequence[torch.Tensor] | None = None,  # None: contiguous ones
+    need_grad: bool = True,
+    used: tuple[bool, bool, bool] = (True, False, False),  # which of the terms have a gradient
+    needs: tuple[bool, bool] = (True, True),  # which of the inputs want theirs
+) -> list[Launch]:
+    """What the forward and the backward pass launch."""
+    z_a, z_b = views or (torch.empty(n, d, dtype=dtype, device="meta") for _ in range(2))
+    with recorded(arch, precision) as launches:
+        x = triton_backend.normalize(z_a, z_b, convention)
+        reduce = triton_backend.gram if route == "gram" else triton_backend.correlate
+        _, product = reduce(x, 0.0051, 1.0, need_grad)
+        if need_grad:
+            gradients = (torch.empty((), device="meta") if use else None for use in used)
+            triton_backend.input_grad(x, product, route, Weights(*gradients, 0.0051, 1.0), needs)
+    return launches
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compile everything that the shapes need, and print what it took."""
+    parser = argparse.ArgumentParser("python -m benchmarks.kernels", description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, choices=configs.TABLE, default=90, help="compute capability (default: 90)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument(
+        "--shape", action="append", metavar="NxD[:direct]", help=f"may be repeated (default: {', '.join(SHAPES)})"
+    )
+    args = parser.parse_args(argv)
+    print(f"Triton {triton.__version__}, sm_{args.arch}, {args.dtype}; processor time is that of this and of ptxas")
+    _compile(launches_of(args.arch, 16, 64, torch.float32, "gram")[0], args.arch)  # sets Triton up
+    for shape in args.shape or SHAPES:
+        size, _, route = shape.partition(":")
+        n, d = map(int, size.split("x"))
+        title = f"N={n} D={d} {route or 'gram'}"
+        print(f"\n{title:26}seconds  processor  registers  spilled  shared memory")
+        total = [0.0, 0.0]
+        for launch in launches_of(args.arch, n, d, getattr(torch, args.dtype), route or "gram"):
+            compiled, *seconds = _compile(launch, args.arch)
+            total = [x + y for x, y in zip(total, seconds, strict=True)]
+            print(
+                f"{launch.name:26}{seconds[0]:7.2f}{seconds[1]:11.2f}{compiled.registers:11}{compiled.spilled:9}"
+                f"{compiled.shared_memory / 1024:11.0f} KiB"
+            )
+        print(f"{'together':26}{total[0]:7.2f}{total[1]:11.2f}")
+    return 0
+
+
+def _compile(launch: Launch, arch: int) -> tuple[Compiled, float, float]:
+    """A kernel, and the seconds that compiling it took: by the clock, and of processor time."""
+    wall, processor = time.perf_counter(), _processor_seconds()
+    compiled = launch.compile(arch)
+    return compiled, time.perf_counter() - wall, _processor_seconds() - processor
+
+
+def _processor_seconds() -> float:
+    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
