@@ -16,9 +16,8 @@
 // * Partial tiles are read by the very threads, of another block, that hold the same fragments. So they are stored as
 //   they lie in registers, a thread's four numbers at a time, and never rearranged.
 // * The diagonal is taken out. Standardised features give K / D a diagonal near 1, whose rounding to bfloat16 would
-// drown
-//   the rest; and the multiple of A_hat that it puts into K_b A_hat is removed by the batch norm's backward anyway.
-//   K / D - I is stored, and gram_grad adds A_hat in float32.
+//   drown the rest; and the multiple of A_hat that it puts into K_b A_hat is removed by the batch norm's backward
+//   anyway. K / D - I is stored, and gram_grad adds A_hat in float32.
 #pragma once
 
 #include "multiply.h"

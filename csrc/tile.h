@@ -87,6 +87,18 @@ BARLOW_DEVICE void store_row_as(const Matrix& m, bool vectors, int64_t row, int 
   }
 }
 
+// load_row of what store_row_as has stored.
+template <class T, int E>
+BARLOW_DEVICE void load_row_as(const Matrix& m, bool vectors, int64_t row, int column, int count, float (&x)[E]) {
+  if (sizeof(T) == 2 || m.dtype == DType::float32) {
+    load_row<T>(m, vectors, row, column, count, x);
+  } else if (m.dtype == DType::bfloat16) {
+    load_row<bfloat16>(m, false, row, column, count, x);
+  } else {
+    load_row<float16>(m, false, row, column, count, x);
+  }
+}
+
 // E numbers of a row of `stats`; those past D are 0.
 template <int E>
 BARLOW_DEVICE void load_stat(const float* stats, int stat, int d, int column, float (&x)[E]) {

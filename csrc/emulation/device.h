@@ -12,10 +12,10 @@ namespace barlow {
 
 // ---- Where a thread is ---------------------------------------------------------------------------------------------
 
-inline int thread() { return emulation::running()->current; }
-inline int block_id() { return emulation::running()->block; }
+inline int thread() { return emulation::running()->current % emulation::running()->threads; }
+inline int block_id() { return emulation::running()->block + emulation::running()->rank(); }
 inline int grid_size() { return emulation::running()->blocks; }
-inline char* shared_memory() { return emulation::running()->shared; }
+inline char* shared_memory() { return emulation::running()->shared[emulation::running()->rank()]; }
 
 // ---- Threads that wait for each other, and talk ---------------------------------------------------------------------
 
@@ -128,19 +128,19 @@ inline void copy_async(void* to, const void* from, int bytes) {
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || (bytes > 0 && reinterpret_cast<uintptr_t>(from) % 16 != 0)) {
     emulation::fail("copy_async between addresses that are not aligned");
   }
-  emulation::running()->fibers[thread()].copies.push_back([=] {
+  emulation::running()->fibers[emulation::running()->current].copies.push_back([=] {
     std::memcpy(to, from, bytes);
     std::memset(static_cast<char*>(to) + bytes, 0, 16 - bytes);
   });
 }
 inline void copy_async_commit() {
-  auto& fiber = emulation::running()->fibers[thread()];
+  auto& fiber = emulation::running()->fibers[emulation::running()->current];
   fiber.groups.push_back(std::move(fiber.copies));
   fiber.copies.clear();
 }
 template <int PENDING>
 void copy_async_wait() {
-  auto& groups = emulation::running()->fibers[thread()].groups;
+  auto& groups = emulation::running()->fibers[emulation::running()->current].groups;
   while (groups.size() > PENDING) {
     for (auto& copy : groups.front()) copy();
     groups.erase(groups.begin());

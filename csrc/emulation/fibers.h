@@ -2,7 +2,8 @@
 //
 // A fiber is a stack and a place to go on from. The threads of a block are fibers that take turns: each runs until it
 // has to wait for others (a barrier, a warp's collective operation) and hands over to the next. Blocks run one after
-// the other. If all wait and nobody can go on, the launch fails with a sentence instead of hanging.
+// the other, those of a cluster together. If all wait and nobody can go on, the launch fails with a sentence instead of
+// hanging.
 //
 // Shared memory is filled with NaN first, so that a read of what nobody wrote shows. Under AddressSanitizer it is a
 // heap block of exactly the size that was asked for, and every switch of stacks is announced.
@@ -49,11 +50,18 @@ struct Fiber {
   std::vector<std::vector<Deferred>> groups;  // committed, not yet waited for
 };
 
+// A cluster of blocks, mostly of one, that runs.
 struct Block {
-  int threads = 0, block = 0, blocks = 0, current = 0;
-  char* shared = nullptr;
+  int threads = 0, cluster = 1;              // of a block; blocks
+  int block = 0, blocks = 0;                 // the first one, and the grid
+  int current = 0;                           // fiber: its block in the cluster * threads + its thread
+  std::vector<char*> shared;                 // each block's
   std::vector<Fiber> fibers;
-  std::vector<Meeting> meetings;  // 0: the block's barrier; 1 + w: warp w; others: named barriers and warpgroups
+  std::vector<Meeting> meetings;  // each block's: 0 its barrier; 1 + w: warp w; 64 + g: warpgroup g; 96 + b: barrier b
+  static constexpr int block_meetings = 128;
+  int rank() const { return current / threads; }
+  int shared_bytes = 0;
+  std::shared_ptr<void> hopper;   // what emulation/hopper.h keeps
   int64_t progress = 0;           // counts whatever lets a thread go on
   std::string error;
   jmp_buf scheduler;
@@ -113,6 +121,7 @@ void wait_until(const char* what, Ready ready) {
 template <class Act>
 void meet(int meeting, int member, int members, const char* name, void* argument, Act act) {
   Block& block = *running();
+  meeting += block.rank() * Block::block_meetings;
   if (meeting >= static_cast<int>(block.meetings.size())) block.meetings.resize(meeting + 1);
   Meeting* m = &block.meetings[meeting];
   if (m->arrived == 0) {
@@ -173,22 +182,27 @@ inline bool reversed() {
 }
 
 inline void run_blocks(int64_t blocks, int threads, int shared_bytes, void (*function)(const void*),
-                       const void* argument, const std::string& what) {
+                       const void* argument, const std::string& what, int cluster = 1) {
   if (running() != nullptr) throw std::runtime_error(what + ": launched from within a kernel");
   entry_function() = function;
   entry_argument() = argument;
   const bool backwards = reversed();
-  std::vector<Fiber> fibers(threads);
-  for (int64_t b = 0; b < blocks; ++b) {
+  const int all = cluster * threads;
+  std::vector<Fiber> fibers(all);
+  for (int64_t b = 0; b < blocks; b += cluster) {
     Block block;
     block.threads = threads;
+    block.cluster = cluster;
     block.block = static_cast<int>(b);
     block.blocks = static_cast<int>(blocks);
     const size_t bytes = (static_cast<size_t>(shared_bytes) + 1023) / 1024 * 1024;
-    std::unique_ptr<char, void (*)(void*)> shared(static_cast<char*>(std::aligned_alloc(1024, bytes ? bytes : 1024)),
-                                                  std::free);
-    block.shared = shared.get();
-    std::memset(block.shared, 0xff, bytes);
+    std::vector<std::unique_ptr<char, void (*)(void*)>> shared;
+    for (int rank = 0; rank < cluster; ++rank) {
+      shared.emplace_back(static_cast<char*>(std::aligned_alloc(1024, bytes ? bytes : 1024)), std::free);
+      std::memset(shared.back().get(), 0xff, bytes);
+      block.shared.push_back(shared.back().get());
+    }
+    block.shared_bytes = shared_bytes;
     block.fibers.swap(fibers);
     for (Fiber& fiber : block.fibers) {
       getcontext(&fiber.context);
@@ -205,15 +219,15 @@ inline void run_blocks(int64_t blocks, int threads, int shared_bytes, void (*fun
     for (bool alive = true; alive && block.error.empty();) {
       const int64_t before = block.progress;
       alive = false;
-      for (int i = 0; i < threads && block.error.empty(); ++i) {
-        const int thread = backwards ? threads - 1 - i : i;
+      for (int i = 0; i < all && block.error.empty(); ++i) {
+        const int thread = backwards ? all - 1 - i : i;
         if (block.fibers[thread].ended) continue;
         resume(block, thread);
         alive |= !block.fibers[thread].ended;
       }
       if (alive && block.progress == before && block.error.empty()) {
         block.error = "no thread can go on:";
-        for (int i = 0; i < threads; ++i) {
+        for (int i = 0; i < all; ++i) {
           if (!block.fibers[i].ended) {
             block.error += " thread " + std::to_string(i) + " waits at " + block.fibers[i].waits_for;
             break;

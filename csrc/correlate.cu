@@ -1,0 +1,128 @@
+// correlate on any GPU from sm_80: correlate.h with multiply.h's product; and the kernel that adds the partial sums.
+#include "correlate.h"
+#include "grouped.h"
+
+namespace barlow {
+namespace {
+
+template <class Product>
+struct CorrelateKernel {
+  using Team = typename Product::Team;
+  using Rows = Tile<typename Product::T, Product::M, Product::N, Product::threads>;
+  struct Params {
+    Correlate p;
+    Operand raw[2], hat[2];
+    int tiles;
+  };
+  static constexpr const char* name = "correlate";
+  static constexpr int threads = Product::threads;
+  static constexpr int blocks_per_sm = 1;
+  static constexpr int tile_bytes = larger(Product::shared_bytes, Rows::bytes);
+  static constexpr int shared_bytes = tile_bytes + threads / 32 * Product::N * 4;
+
+  static BARLOW_DEVICE void run(const Params& params) {
+    const Correlate& p = params.p;
+    int tile_i, tile_j;
+    grouped_tile(block_id(), params.tiles, params.tiles, tile_i, tile_j);
+    char* const scratch = shared_memory() + tile_bytes;
+    const int row = tile_i * Product::M, column = tile_j * Product::N;
+    const bool raw = multiplies_raw<Team, Product::M, Product::N>(p, row, column, reinterpret_cast<float*>(scratch));
+    typename Product::Accumulator acc;
+    Product::run(acc, raw ? params.raw[0] : params.hat[0], raw ? params.raw[1] : params.hat[1], row, column, 0, p.n, 1);
+    float* const tile = reinterpret_cast<float*>(shared_memory());
+    write_tile<Product, Rows::pitch>(acc, tile);
+    barrier();
+    finish_correlate<Product>(p, params.tiles, tile_i, tile_j, raw, tile, scratch);
+  }
+};
+
+// A block: 256 features' row and column sums; the first one also the terms.
+struct CorrelateTermsKernel {
+  struct Params {
+    Correlate p;
+    int tiles;
+  };
+  static constexpr const char* name = "correlate_terms";
+  static constexpr int threads = 256;
+  static constexpr int blocks_per_sm = 1;
+  static constexpr int shared_bytes = 256;
+
+  static BARLOW_DEVICE void run(const Params& params) {
+    using Team = WholeBlock<threads>;
+    const Correlate& p = params.p;
+    const int i = block_id() * threads + thread();
+    if (p.row_sums != nullptr && i < p.d) {
+      float over_columns = 0.f, over_rows = 0.f;
+      for (int t = 0; t < params.tiles; ++t) {
+        over_columns += p.row_sums[static_cast<int64_t>(t) * p.d + i];
+        over_rows += p.row_sums[static_cast<int64_t>(params.tiles + t) * p.d + i];
+      }
+      p.stats[stat_product * static_cast<int64_t>(p.d) + i] = over_columns;
+      p.stats[(stat_product + 1) * static_cast<int64_t>(p.d) + i] = over_rows;
+    }
+    if (block_id() == 0) {
+      double* const scratch = reinterpret_cast<double*>(shared_memory());
+      const double off_sum = sum_of<Team>(p.off_sums, static_cast<int64_t>(params.tiles) * params.tiles, scratch);
+      store_terms<Team>(off_sum, p.sums, p.slabs, p.lambd, p.scale, p.loss, p.on_diag, p.off_diag, scratch);
+    }
+  }
+};
+
+// Both factors lie with the features contiguous, across k.
+template <class T, int BLOCK, bool SPLIT>
+using CorrelateProduct = Multiply<T, BLOCK, BLOCK, 2, BLOCK / 32, 3, false, false, SPLIT, SPLIT>;
+
+template <class Product>
+void launch_correlate(const Correlate& p, Stream stream) {
+  using Kernel = CorrelateKernel<Product>;
+  typename Kernel::Params params{};
+  params.p = p;
+  params.tiles = ceil_div(p.d, Product::M);
+  const auto operand = [&p](const Matrix& x) {
+    return Operand{x.data, x.column_stride, x.row_stride, p.d, has_vectors(x)};
+  };
+  params.raw[0] = operand(p.z_a);
+  params.raw[1] = operand(p.z_b);
+  params.hat[0] = operand(p.a_hat);
+  params.hat[1] = operand(p.b_hat);
+  launch<Kernel>(static_cast<int64_t>(params.tiles) * params.tiles, Kernel::shared_bytes, stream, params, p.n, p.d);
+}
+
+template <class T, bool SPLIT>
+void choose_correlate(const Correlate& p, Stream stream) {
+  if constexpr (!SPLIT) {
+    if (p.block == 128) return launch_correlate<CorrelateProduct<T, 128, false>>(p, stream);
+  }
+  launch_correlate<CorrelateProduct<T, 64, SPLIT>>(p, stream);
+}
+
+}  // namespace
+
+CorrelatePlan plan_correlate(int n, int d, DType dtype, Precision precision, int device) {
+  (void)n;
+  // The larger tiles where they fill the chip; three products of split numbers leave no registers for them.
+  const int64_t large = ceil_div(d, 128);
+  const bool few = large * large < device_info(device).multiprocessors;
+  const bool split_products = dtype == DType::float32 && precision == Precision::float32;
+  const int block = few || split_products ? 64 : 128;
+  return {block, ceil_div(d, block)};
+}
+
+void correlate(const Correlate& p, Stream stream) {
+  switch (p.a_hat.dtype) {
+    case DType::bfloat16:
+      choose_correlate<bfloat16, false>(p, stream);
+      break;
+    case DType::float16:
+      choose_correlate<float16, false>(p, stream);
+      break;
+    case DType::float32:
+      p.precision == Precision::float32 ? choose_correlate<float, true>(p, stream)
+                                        : choose_correlate<float, false>(p, stream);
+  }
+  const int tiles = ceil_div(p.d, p.block);
+  const int blocks = p.row_sums != nullptr ? ceil_div(p.d, CorrelateTermsKernel::threads) : 1;
+  launch<CorrelateTermsKernel>(blocks, CorrelateTermsKernel::shared_bytes, stream, {p, tiles}, p.n, p.d);
+}
+
+}  // namespace barlow
