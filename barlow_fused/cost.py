@@ -17,6 +17,7 @@ import dataclasses
 import torch
 
 from .backends import torch_backend
+from .backends.triton_kernels import configs
 from .devices import Device
 
 CACHED_BYTES = 2**24  # caches hold a few arrays of this size: 32 MiB and more on server CPUs, 40 to 126 MB on the GPUs
@@ -115,6 +116,41 @@ def torch_cost(p: Problem) -> Cost:
     return _cost(p, p.flops, bytes_moved, peak, p.product_dtype, **communication)
 
 
+def triton_cost(p: Problem) -> Cost:
+    """The Triton backend keeps A_hat and B_hat, and K or C, in the dtype that it multiplies (triton_backend.py).
+
+    Passes over N x D numbers (of one view 1, of both 2): normalize reads 2, or 4 in its two phases, and writes 2; gram
+    and correlate read 2; input_grad writes 2 and reads what it standardises, and in half precision also the rounded
+    operands (Gram 4 and 2, direct 4 and 2); where the Gram route walks over its rows twice, 6 more.
+    """
+    n, d = p.local_shape
+    in_size = p.dtype.itemsize
+    dtype = configs.compute_dtype(n, d, p.dtype, normalized=True)
+    size, raw = dtype.itemsize, dtype != torch.float32
+    architecture = configs.architecture_of(p.device.capability) if p.device.capability else configs.INTERPRETED
+    chip = configs.Chip(architecture, p.device.multiprocessors)
+    gradients = 2 * n * d * in_size  # do not exist yet in the forward pass, and are taken off
+    stats = configs.stats_rows(normalized=True, raw=raw) * d * 4
+    passes = (4 if n <= max(slab.rows for slab in configs.NORMALIZE) else 6) + 2 + (8 if raw else 6)
+    if p.route == "gram":
+        blocks = chip.gram(n, dtype)
+        slices, _ = chip.split(n, d, in_size, blocks)
+        product = 2 * n * n * size
+        partials = slices * 2 * configs.triangle(n, blocks.m) * blocks.m**2 * 4  # float32 tiles, a slice of D each
+        blocks = chip.gram_grad(n, d, dtype, normalized=True)
+        waves = -(-2 * configs.cdiv(d, blocks.n) // chip.multiprocessors)  # of programs, which read K together
+        passes += 6 if n > blocks.m else 0
+        product_traffic = _traffic(product, 1 + waves)
+    else:
+        tiles = configs.cdiv(d, chip.correlate(d, dtype).m)
+        product = d * d * size
+        partials = 2 * tiles * d * 4 + tiles**2 * 8  # sums over the tiles' rows and columns
+        product_traffic = _traffic(product, 3)  # written, and read for each view
+    bytes_moved = _traffic(n * d * in_size, passes, at_least=6) + product_traffic + _traffic(partials, 2)
+    peak = 2 * n * d * size + product + stats + max(0, partials - gradients)
+    return _cost(p, p.flops, bytes_moved, peak, p.dtype)
+
+
 def reference_cost(p: Problem) -> Cost:
     """reference.py: C by plain PyTorch, its gradient by autograd, everything in at least float32.
 
@@ -151,7 +187,7 @@ def usual_cost(p: Problem) -> Cost:
     return _cost(p, 6 * n * d * d, bytes_moved, peak, p.dtype, **_all_reduce_of_c(p, size))
 
 
-COSTS = {"torch": torch_cost, "reference": reference_cost}  # of each backend
+COSTS = {"torch": torch_cost, "triton": triton_cost, "reference": reference_cost}  # of each backend
 
 
 def _slab_bytes(length: int, other: int, size: int) -> int:

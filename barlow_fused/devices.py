@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from .backends import torch_backend
+from .backends.triton_kernels import configs
 
 SECONDS_PER_MEASUREMENT = 0.1
 COPY_BYTES = 2**27  # larger than the caches
@@ -69,7 +70,7 @@ class Device:
     @property
     def torch_device(self) -> torch.device:
         """As PyTorch names it."""
-        return _torch_device(self.type, self.index)
+        return _torch_device(self.type, self.index) if self.here else torch.device(self.type)
 
     @property
     def capability(self) -> tuple[int, int] | None:
@@ -77,6 +78,11 @@ class Device:
         if self.known:
             return self.known.capability
         return torch.cuda.get_device_capability(self.index) if self.type == "cuda" else None
+
+    @property
+    def multiprocessors(self) -> int:
+        """Of a GPU."""
+        return self.known.multiprocessors if self.known else configs.multiprocessors(self.torch_device)
 
     def source(self, dtype: torch.dtype) -> str:
         """Where its bandwidth and its rate for a product in ``dtype`` come from."""

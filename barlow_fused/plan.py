@@ -52,17 +52,22 @@ class configure:  # noqa: N801 - used like torch.set_grad_enabled: a call that s
         _configured.update(self._previous)
 
 
-def choose_backend(backend: str, device: torch.device | None = None, dtype: torch.dtype | None = None) -> str:
+def choose_backend(
+    backend: str,
+    device: torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    capability: tuple[int, int] | None = None,
+) -> str:
     """The backend that runs a call with the argument ``backend`` on tensors of ``device`` and ``dtype``.
 
-    Without a device it may be ``"auto"``.
+    Without a device it may be ``"auto"``. ``capability`` is that of a GPU that need not be on this machine.
 
     Raises:
         ValueError: not a backend's name.
         RuntimeError: a backend was forced that cannot run there.
     """
     backend = _resolve("backend", backend, backends.BACKENDS)
-    return backend if device is None else backends.resolve(backend, device, dtype)
+    return backend if device is None else backends.resolve(backend, device, dtype, capability)
 
 
 def choose_route(route: str, n: int | None = None, d: int | None = None, backend: str | None = None) -> str:
@@ -188,7 +193,7 @@ def plan(
         accepted = ", ".join(f"torch.{_name(accepted)}" for accepted in DTYPES)
         raise (ValueError if isinstance(dtype, torch.dtype) else TypeError)(f"dtype must be {accepted}, got {dtype!r}")
     target = resolve_device(device)
-    backend = choose_backend(backend, torch.device(target.type), dtype)
+    backend = choose_backend(backend, target.torch_device, dtype, None if target.here else target.capability)
     chosen = choose_route(route, n, d, backend)
     problem = Problem(n, d, dtype, target, world_size, chosen)
     return Plan(

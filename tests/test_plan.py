@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from barlow_fused import backends, barlow_twins_loss, configure, cost, devices
 from barlow_fused.backends import torch_backend
+from barlow_fused.normalization import CONVENTIONS
 from barlow_fused.plan import Plan, choose_backend, choose_route, configured, plan
 from benchmarks.peers import usual_loss
 
@@ -185,6 +186,68 @@ def test_the_torch_backend_allocates_what_is_predicted(n, d, dtype):
     assert peak / 1.1 - room <= made.fused.peak_memory <= 1.25 * peak + room
 
 
+SIZES = [(256, 8192), (2048, 8192), (1024, 65536), (2048, 65536), (2048, 262144), (8192, 2048)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device", ["a100", "h200", "b200"])
+@pytest.mark.parametrize(("n", "d"), SIZES)
+def test_triton_keeps_the_memory_bound(n, d, device, dtype):
+    """2 N D numbers and 3 min(N, D)^2 in float32, beyond inputs and gradients."""
+    made = plan(n, d, dtype, device=device, backend="triton")
+    assert made.backend == "triton"
+    assert 2 * n * d * dtype.itemsize < made.fused.peak_memory
+    assert made.fused.peak_memory <= 2 * n * d * dtype.itemsize + 3 * min(n, d) ** 2 * 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("route", ["gram", "direct"])
+@pytest.mark.parametrize(("n", "d"), [(16, 512), (100, 3000), (256, 8192), (2048, 8192), (2048, 65536), (8192, 2048)])
+def test_the_triton_backend_allocates_what_is_predicted(n, d, route, dtype):
+    """On tensors without data, with nothing launched."""
+    pytest.importorskip("triton", reason="needs the package triton")
+    from barlow_fused.backends import triton_backend as ops
+    from benchmarks.kernels import recorded
+
+    convention = CONVENTIONS["batch_norm"]
+    z_a, z_b = (torch.empty(n, d, dtype=dtype, device="meta") for _ in range(2))
+    with recorded(arch=90, multiprocessors=132) as launches, Trace() as traced:
+        x = ops.normalize(z_a, z_b, convention)
+        launches.clear()  # they hold all of their arguments
+        terms, product = (ops.gram if route == "gram" else ops.correlate)(x, 0.0051, 1.0, True)
+        launches.clear()
+        x = ops.Normalized.from_saved(z_a, z_b, convention, x.saved())
+        grads = ops.input_grad(x, product, route, backends.Weights(terms[0], None, None, 0.0051, 1.0), (True, True))
+    made = plan(n, d, dtype, device="h200", route=route, backend="triton")
+    assert traced.peak - sum(g.nbytes for g in grads) == pytest.approx(made.fused.peak_memory, rel=0.001, abs=2048)
+
+
+def test_what_the_triton_backend_moves():
+    n, d = 2048, 65536
+    made = plan(n, d, torch.bfloat16, device="h200", backend="triton")
+    assert made.fused.flops == 6 * n * n * d
+    passes = 4 + 2 + 2 + 8 + 6  # normalize in two phases, gram, input_grad, and its second walk
+    assert passes * n * d * 2 < made.fused.bytes_moved < 1.2 * passes * n * d * 2
+    direct = plan(8192, 4096, torch.bfloat16, device="h200", backend="triton")
+    assert direct.fused.flops == 6 * 8192 * 4096**2
+    assert direct.fused.bytes_moved == (6 + 2 + 8) * 8192 * 4096 * 2 + 3 * 4096**2 * 2
+
+
+def test_a_gpu_that_is_not_here_is_asked_by_name(monkeypatch):
+    """What can run there depends on its compute capability and the dtype, not on this machine."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device in devices.KNOWN:
+        assert plan(256, 8192, device=device, backend="triton").backend == "triton"
+    with pytest.raises(RuntimeError, match=r"backend='triton' cannot take torch.float64"):
+        plan(256, 8192, torch.float64, device="h200", backend="triton")
+    old = dataclasses.replace(H200, torch_name="NVIDIA V100", capability=(7, 0))
+    monkeypatch.setitem(devices.KNOWN, "v100", old)
+    with pytest.raises(RuntimeError, match=r"needs compute capability 8.0 or newer, this GPU has 7.0"):
+        plan(256, 8192, device="v100", backend="triton")
+    with pytest.raises(RuntimeError, match="backend='triton' cannot run on cpu: it needs a CUDA GPU"):
+        plan(256, 8192, device="cpu", backend="triton")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("n", "d"), [(64, 1024), (1024, 256), (256, 512)])
 def test_the_usual_and_the_reference_allocate_and_move_what_is_predicted(n, d, dtype, monkeypatch):
@@ -284,7 +347,9 @@ def test_a_gpu_is_planned_for(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kwargs", [{}, {"world_size": 2}, {"route": "direct"}, {"backend": "reference"}])
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"world_size": 2}, {"route": "direct"}, {"backend": "reference"}, {"backend": "triton"}]
+)
 @pytest.mark.parametrize(("n", "d"), [(2, 1), (2, 4), (256, 8192), (2**20, 2**20)])
 def test_the_table_fits_80_columns(n, d, dtype, kwargs):
     for device in ("h200", "h100", "a100", "b200"):

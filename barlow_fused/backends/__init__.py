@@ -12,8 +12,11 @@ Each backend is a module with the same four functions, and one class that carrie
 again in the backward pass; ``empty_saved(z_a, route, normalization)`` gives empty tensors of the shapes and dtypes of
 [product, *saved] for torch.compile.
 
-``torch_backend.py`` has them in plain sight. Nothing else in the package knows which backend runs. ``"reference"`` is
-not among them: it is plain differentiable PyTorch (``reference.py``), and takes no route but its own.
+A backend that also works over several processes has a second file, ``<name>_partial.py``, with what can be computed of
+one rank's part of a batch (``torch_partial.py`` says what that is).
+
+``torch_backend.py`` has the four in plain sight. Nothing else in the package knows which backend runs. ``"reference"``
+is not among them: it is plain differentiable PyTorch (``reference.py``), and takes no route but its own.
 """
 
 from __future__ import annotations
@@ -47,14 +50,25 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f".{name}_backend", __package__)
 
 
-def why_unusable(name: str, device: torch.device, dtype: torch.dtype | None = None) -> str | None:
+@functools.cache
+def load_partial(name: str) -> ModuleType:
+    """The module that implements the operations on one rank's part of a batch."""
+    return importlib.import_module(f".{name}_partial", __package__)
+
+
+def why_unusable(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    capability: tuple[int, int] | None = None,  # of a GPU that need not be here; None: ask this machine
+) -> str | None:
     """One sentence on why backend ``name`` cannot run on ``device``, with inputs of ``dtype``; None when it can."""
     if name in ("torch", "reference"):
         return None
     if name == "triton":
         if dtype == torch.float64:
             return "backend='triton' cannot take torch.float64: it takes float32, bfloat16 and float16"
-        reason = _why_no_triton(device)
+        reason = _why_no_triton(device) if capability is None else _why_too_old(capability)
     else:
         reason = f"this version of barlow_fused has no {name} kernels yet"
     return reason and f"backend={name!r} cannot run on {device}: {reason}"
@@ -70,7 +84,10 @@ def _why_no_triton(device: torch.device) -> str | None:
         return f"it needs a CUDA GPU; tensors are on {device.type}"
     if torch.version.cuda is None or not torch.cuda.is_available():
         return "it needs a CUDA GPU, and PyTorch sees none here"
-    capability = torch.cuda.get_device_capability(device)
+    return _why_too_old(torch.cuda.get_device_capability(device))
+
+
+def _why_too_old(capability: tuple[int, int]) -> str | None:
     if capability < (8, 0):
         return f"it needs compute capability 8.0 or newer, this GPU has {capability[0]}.{capability[1]}"
     return None
@@ -84,15 +101,19 @@ def fastest(device: torch.device, dtype: torch.dtype | None = None) -> str:
     return "torch"
 
 
-def resolve(name: str, device: torch.device, dtype: torch.dtype | None = None) -> str:
+def resolve(
+    name: str, device: torch.device, dtype: torch.dtype | None = None, capability: tuple[int, int] | None = None
+) -> str:
     """The backend meant by ``name``, which may be ``"auto"``, for inputs of ``dtype`` on ``device``.
+
+    ``capability`` is that of a GPU that need not be on this machine.
 
     Raises:
         RuntimeError: it cannot run there.
     """
     if name == "auto":
         return fastest(device, dtype)
-    reason = why_unusable(name, device, dtype)
+    reason = why_unusable(name, device, dtype, capability)
     if reason is not None:
         raise RuntimeError(reason)
     return name

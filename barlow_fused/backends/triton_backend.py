@@ -30,7 +30,6 @@ from ..normalization import Normalization
 from ..reference import BarlowTwinsTerms
 from . import Weights
 from .triton_kernels import configs
-from .triton_kernels.blocks import stats_rows
 from .triton_kernels.configs import Blocks, precision_of
 from .triton_kernels.correlate import correlate_kernel, correlate_terms_kernel
 from .triton_kernels.direct_grad import direct_grad_kernel
@@ -312,7 +311,7 @@ def _direct_grad(x: Normalized, c: Tensor, weights: Weights, grads: tuple[Tensor
 
 
 def _empty_stats(z: Tensor, normalization: Normalization | None, dtype: torch.dtype) -> Tensor:
-    rows = stats_rows(normalization is not None, raw=dtype != torch.float32)
+    rows = configs.stats_rows(normalization is not None, raw=dtype != torch.float32)
     return torch.empty(rows, z.shape[1], dtype=torch.float32, device=z.device)
 
 

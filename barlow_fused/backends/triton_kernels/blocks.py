@@ -7,19 +7,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# The rows of ``stats``, float32; view a stands before view b. stats_rows says how many there are.
+# The rows of ``stats``, float32; view a stands before view b. configs.stats_rows says how many there are.
 C = tl.constexpr(0)  # diag(C)
 RSTD = tl.constexpr(1)
 KAPPA = tl.constexpr(3)
 SQUARE = tl.constexpr(5)  # mean_n(A_hat^2) = variance * rstd^2, for the Gram route; the direct route writes over it:
 PRODUCT = tl.constexpr(5)  # mean_n(A_hat * P), the row sums of C0^2 (view b: the column sums)
 MEAN = tl.constexpr(7)  # where z is standardised again: not in float32
-
-
-def stats_rows(normalized: bool, raw: bool) -> int:
-    """Rows of ``stats``: without standardisation only c, with float32 A_hat and B_hat (not raw) no means."""
-    return 1 if not normalized else 9 if raw else 7
-
 
 # Triton's interpreter computes in numpy, which has no bfloat16: it truncates where a GPU rounds, and tl.dot multiplies
 # the bits as integers. ``cast`` and ``_dot`` say there what a GPU does.

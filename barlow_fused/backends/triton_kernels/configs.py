@@ -28,6 +28,7 @@ FLOAT32_ELEMENTS = 2**16  # of an input, up to which half precision is multiplie
 RAW_LIMIT = 256.0  # |mu_i mu_j| s_i s_j up to which z itself is multiplied: |mean|/deviation of 16 (raw_limit below)
 GRAM_MANY_ROWS = 512  # from here on gram takes the larger tiles: 10 of them and more
 TMA_MIN_ELEMENTS = 2**21  # of an input, from which the loads' cost outweighs that of a descriptor on the host
+INTERPRETED = 80  # the architecture whose blocks Triton's interpreter takes
 TMA_IN_INTERPRETER = False  # for tests
 MAX_SPLIT = 32  # slices of D in gram: its last phase reads that many partial tiles one after another
 
@@ -159,7 +160,7 @@ def chip(device: torch.device) -> Chip:
 def architecture(device: torch.device) -> int:
     """The row of TABLE for a device."""
     if device.type != "cuda":
-        return 80  # the interpreter
+        return INTERPRETED
     return architecture_of(torch.cuda.get_device_capability(device))
 
 
@@ -198,6 +199,11 @@ def precision_of(dtype: torch.dtype) -> str:
 def compute_dtype(n: int, d: int, dtype: torch.dtype, normalized: bool) -> torch.dtype:
     """What is multiplied: in small half-precision inputs the rounding of A_hat does not average out."""
     return torch.float32 if normalized and n * d <= FLOAT32_ELEMENTS else dtype
+
+
+def stats_rows(normalized: bool, raw: bool) -> int:
+    """Rows of ``stats`` (blocks.py): without standardisation only c; not raw, of float32 A_hat and B_hat, no means."""
+    return 1 if not normalized else 9 if raw else 7
 
 
 def triangle(n: int, block: int) -> int:
