@@ -1,4 +1,4 @@
-// correlate on any GPU from sm_80: correlate.h with multiply.h's product; and the kernel that adds the partial sums.
+// correlate on any GPU from sm_80: correlate.h with multiply.h's product.
 #include "correlate.h"
 #include "grouped.h"
 
@@ -33,38 +33,6 @@ struct CorrelateKernel {
     write_tile<Product, Rows::pitch>(acc, tile);
     barrier();
     finish_correlate<Product>(p, params.tiles, tile_i, tile_j, raw, tile, scratch);
-  }
-};
-
-// A block: 256 features' row and column sums; the first one also the terms.
-struct CorrelateTermsKernel {
-  struct Params {
-    Correlate p;
-    int tiles;
-  };
-  static constexpr const char* name = "correlate_terms";
-  static constexpr int threads = 256;
-  static constexpr int blocks_per_sm = 1;
-  static constexpr int shared_bytes = 256;
-
-  static BARLOW_DEVICE void run(const Params& params) {
-    using Team = WholeBlock<threads>;
-    const Correlate& p = params.p;
-    const int i = block_id() * threads + thread();
-    if (p.row_sums != nullptr && i < p.d) {
-      float over_columns = 0.f, over_rows = 0.f;
-      for (int t = 0; t < params.tiles; ++t) {
-        over_columns += p.row_sums[static_cast<int64_t>(t) * p.d + i];
-        over_rows += p.row_sums[static_cast<int64_t>(params.tiles + t) * p.d + i];
-      }
-      p.stats[stat_product * static_cast<int64_t>(p.d) + i] = over_columns;
-      p.stats[(stat_product + 1) * static_cast<int64_t>(p.d) + i] = over_rows;
-    }
-    if (block_id() == 0) {
-      double* const scratch = reinterpret_cast<double*>(shared_memory());
-      const double off_sum = sum_of<Team>(p.off_sums, static_cast<int64_t>(params.tiles) * params.tiles, scratch);
-      store_terms<Team>(off_sum, p.sums, p.slabs, p.lambd, p.scale, p.loss, p.on_diag, p.off_diag, scratch);
-    }
   }
 };
 
@@ -111,18 +79,13 @@ CorrelatePlan plan_correlate(int n, int d, DType dtype, Precision precision, int
 void correlate(const Correlate& p, Stream stream) {
   switch (p.a_hat.dtype) {
     case DType::bfloat16:
-      choose_correlate<bfloat16, false>(p, stream);
-      break;
+      return choose_correlate<bfloat16, false>(p, stream);
     case DType::float16:
-      choose_correlate<float16, false>(p, stream);
-      break;
+      return choose_correlate<float16, false>(p, stream);
     case DType::float32:
-      p.precision == Precision::float32 ? choose_correlate<float, true>(p, stream)
-                                        : choose_correlate<float, false>(p, stream);
+      return p.precision == Precision::float32 ? choose_correlate<float, true>(p, stream)
+                                               : choose_correlate<float, false>(p, stream);
   }
-  const int tiles = ceil_div(p.d, p.block);
-  const int blocks = p.row_sums != nullptr ? ceil_div(p.d, CorrelateTermsKernel::threads) : 1;
-  launch<CorrelateTermsKernel>(blocks, CorrelateTermsKernel::shared_bytes, stream, {p, tiles}, p.n, p.d);
 }
 
 }  // namespace barlow

@@ -1,4 +1,4 @@
-// correlate.h: C = A_hat^T B_hat / N, its sums, and the terms of the loss, in one pass over the inputs. Two launches.
+// correlate.h: C = A_hat^T B_hat / N, its sums, and the terms of the loss, in one pass over the inputs. One launch.
 //
 //     reads   z_a, z_b (or A_hat, B_hat) [N, D]; stats and sums of normalize
 //     writes  C0 = C with its diagonal 0, [D, D] in the compute dtype (only for a gradient; else C never reaches memory)
@@ -14,7 +14,8 @@
 // features and multiplies A_hat and B_hat where that product may exceed raw_limit. float32 inputs, whose products are
 // not exact, always take A_hat and B_hat.
 //
-// The second, small kernel adds the partial sums in a fixed order and writes the terms.
+// The last tile of a row of tiles to finish adds that row's partial sums, the last of a column the column's, the last of
+// all the terms: always in the order of the tiles, whoever is last (reduce.h).
 #pragma once
 
 #include "reduce.h"
@@ -39,6 +40,18 @@ BARLOW_DEVICE bool multiplies_raw(const Correlate& p, int row, int column, float
     largest[view] = block_max<Team>(largest[view], scratch);
   }
   return largest[0] * largest[1] <= p.raw_limit;
+}
+
+// A block of features' sums of C0^2 over all columns (view 0) or rows (view 1), from those of each tile.
+template <class Team, int BLOCK>
+BARLOW_DEVICE void add_partial_sums(const Correlate& p, int view, int tiles, int first) {
+  for (int i = thread(); i < BLOCK && first + i < p.d; i += Team::threads) {
+    const float* from = p.row_sums + static_cast<int64_t>(view) * tiles * p.d + first + i;
+    float sum = 0.f;
+#pragma unroll 8
+    for (int t = 0; t < tiles; ++t) sum += load_from_l2(from + static_cast<int64_t>(t) * p.d);
+    p.stats[static_cast<int64_t>(stat_product + view) * p.d + first + i] = sum;
+  }
 }
 
 // Everything after the product of one tile of C. tile: the product in shared memory; scratch: Team::threads / 32 * N
@@ -96,8 +109,22 @@ BARLOW_DEVICE void finish_correlate(const Correlate& p, int tiles, int tile_i, i
       }
     }
   }
-  total = block_sum<Team>(total, reinterpret_cast<double*>(scratch));
+  double* const doubles = reinterpret_cast<double*>(scratch);
+  total = block_sum<Team>(total, doubles);
   if (thread() == 0) p.off_sums[tile_i * tiles + tile_j] = total;
+
+  bool last[3];
+  arrive<Team, 3>(
+      {{p.counters + tile_i, tiles}, {p.counters + tiles + tile_j, tiles}, {p.counters + 2 * tiles, tiles * tiles}},
+      last, reinterpret_cast<int*>(doubles));
+  if (p.row_sums != nullptr) {
+    if (last[0]) add_partial_sums<Team, Product::M>(p, 0, tiles, tile_i * Product::M);
+    if (last[1]) add_partial_sums<Team, Product::N>(p, 1, tiles, tile_j * Product::N);
+  }
+  if (last[2]) {
+    const double off_sum = sum_of<Team>(p.off_sums, static_cast<int64_t>(tiles) * tiles, doubles);
+    store_terms<Team>(off_sum, p.sums, p.slabs, p.lambd, p.scale, p.loss, p.on_diag, p.off_diag, doubles);
+  }
 }
 
 }  // namespace barlow

@@ -84,6 +84,7 @@ BARLOW_DEVICE Vec16 load_from_l2(const Vec16* p) {
   return {{v.x, v.y, v.z, v.w}};
 }
 BARLOW_DEVICE double load_from_l2(const double* p) { return __ldcg(p); }
+BARLOW_DEVICE float load_from_l2(const float* p) { return __ldcg(p); }
 BARLOW_DEVICE void store(Vec16* p, const Vec16& v) {
   *reinterpret_cast<uint4*>(p) = make_uint4(v.word[0], v.word[1], v.word[2], v.word[3]);
 }

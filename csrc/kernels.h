@@ -78,6 +78,7 @@ struct Correlate {
   Matrix c;             // [D, D] out: C with its diagonal 0; data = nullptr without gradient
   float* stats;         // [stats_rows, D]
   float* row_sums;      // [2, tiles, D] workspace; nullptr without gradient or normalization
+  int* counters;        // [2 tiles + 1], zero before and after
   double* off_sums;     // [tiles * tiles] workspace
   const double* sums;   // [2, slabs] of normalize
   float *loss, *on_diag, *off_diag;  // [] out

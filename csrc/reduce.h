@@ -60,22 +60,39 @@ BARLOW_DEVICE double sum_of(const double* x, int64_t count, double* scratch) {
   return block_sum<Team>(total, scratch);
 }
 
-// Whether this block is the last of `blocks` to come here; the counter is 0 again then. Whatever all of them wrote
-// before can be read after, past L1 (load_from_l2). Tickets decide who does the rest of the work, never the order of
-// additions.
-template <class Team>
-BARLOW_DEVICE bool last_to_arrive(int* counter, int blocks, int* scratch) {
+// A counter that `blocks` blocks come to, each after its part of some work.
+struct Arrival {
+  int* counter;
+  int blocks;
+};
+
+// For each counter, whether this block is the last to come; it is 0 again then. Whatever all of them wrote before can be
+// read after, past L1 (load_from_l2). Tickets decide who does the rest of the work, never the order of additions.
+// scratch: COUNT ints of shared memory.
+template <class Team, int COUNT>
+BARLOW_DEVICE void arrive(const Arrival (&arrivals)[COUNT], bool (&last)[COUNT], int* scratch) {
   fence_device();
   Team::barrier();
   if (thread() == 0) {
-    *scratch = draw_ticket(counter) == blocks - 1;
-    if (*scratch) *counter = 0;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) scratch[i] = draw_ticket(arrivals[i].counter);
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      if (scratch[i] == arrivals[i].blocks - 1) *arrivals[i].counter = 0;
+    }
     fence_device();
   }
   Team::barrier();
-  const bool last = *scratch != 0;
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) last[i] = scratch[i] == arrivals[i].blocks - 1;
   Team::barrier();
-  return last;
+}
+
+template <class Team>
+BARLOW_DEVICE bool last_to_arrive(int* counter, int blocks, int* scratch) {
+  bool last[1];
+  arrive<Team, 1>({{counter, blocks}}, last, scratch);
+  return last[0];
 }
 
 // off_sum: of C_ij^2 off the diagonal; sums: [2, slabs] of normalize. NaN passes.
