@@ -1,5 +1,6 @@
 // gram on any GPU from sm_80: gram.h with multiply.h's product.
 #include "gram.h"
+#include "hopper_kernels.h"
 
 namespace barlow {
 namespace {
@@ -75,8 +76,9 @@ void choose_gram(const Gram& p, Stream stream) {
 
 GramPlan plan_gram(int n, int d, DType dtype, Precision precision, int device) {
   const bool split_products = dtype == DType::float32 && precision == Precision::float32;
+  const bool hopper = is_hopper(device) && dtype != DType::float32;
   GramPlan plan{};
-  plan.block = n >= many_rows && !split_products ? 128 : 64;
+  plan.block = n >= (hopper ? 65 : many_rows) && !split_products ? 128 : 64;
   const int rows = ceil_div(n, plan.block);
   plan.tiles = rows * (rows + 1) / 2;
   const int size = dtype == DType::float32 ? 4 : 2;
@@ -87,10 +89,18 @@ GramPlan plan_gram(int n, int d, DType dtype, Precision precision, int device) {
   const int most = static_cast<int>(larger<int64_t>(1, smaller<int64_t>(smaller(max_split, steps), budget)));
   // A block takes as many steps as its slice has and about 8 more to start, store and hand over; a tile's last phase
   // takes about 2 a slice. The multiprocessors take the blocks in waves.
-  const int processors = device_info(device).multiprocessors;
+  int64_t works = 2LL * plan.tiles, workers = device_info(device).multiprocessors;
+  int least = 1;
+  if (hopper) {
+    least = smaller(ceil_div(steps, promote_products / 64), max_split);  // no second accumulator: short sums
+    if (n > hopper_gram_many_rows) {                                     // clusters of two blocks, squares of 256
+      works = 1LL * ceil_div(rows, 2) * (ceil_div(rows, 2) + 1);
+      workers /= 2;
+    }
+  }
   int64_t best = INT64_MAX;
-  for (int split = 1; split <= most; ++split) {
-    const int64_t waves = ceil_div(2LL * plan.tiles * split, static_cast<int64_t>(processors));
+  for (int split = least; split <= larger(least, most); ++split) {
+    const int64_t waves = ceil_div(works * split, workers);
     const int64_t time = waves * (ceil_div(steps, split) + 8) + 2 * split;
     if (time < best) {
       best = time;
@@ -103,6 +113,7 @@ GramPlan plan_gram(int n, int d, DType dtype, Precision precision, int device) {
 }
 
 void gram(const Gram& p, Stream stream) {
+  if (hopper_can_gram(p, stream.device)) return hopper_gram(p, stream);
   switch (p.a_hat.dtype) {
     case DType::bfloat16:
       return choose_gram<Tiles<bfloat16>>(p, stream);

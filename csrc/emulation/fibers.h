@@ -52,17 +52,17 @@ struct Fiber {
 
 // A cluster of blocks, mostly of one, that runs.
 struct Block {
-  int threads = 0, cluster = 1;              // of a block; blocks
-  int block = 0, blocks = 0;                 // the first one, and the grid
-  int current = 0;                           // fiber: its block in the cluster * threads + its thread
-  std::vector<char*> shared;                 // each block's
+  int threads = 0, cluster = 1;  // of a block; blocks
+  int block = 0, blocks = 0;     // the first one, and the grid
+  int current = 0;               // fiber: its block in the cluster * threads + its thread
+  std::vector<char*> shared;     // each block's
   std::vector<Fiber> fibers;
   std::vector<Meeting> meetings;  // each block's: 0 its barrier; 1 + w: warp w; 64 + g: warpgroup g; 96 + b: barrier b
   static constexpr int block_meetings = 128;
   int rank() const { return current / threads; }
   int shared_bytes = 0;
-  std::shared_ptr<void> hopper;   // what emulation/hopper.h keeps
-  int64_t progress = 0;           // counts whatever lets a thread go on
+  std::shared_ptr<void> hopper;  // what emulation/hopper.h keeps
+  int64_t progress = 0;          // counts whatever lets a thread go on
   std::string error;
   jmp_buf scheduler;
   void* scheduler_fake_stack = nullptr;

@@ -1,0 +1,312 @@
+// emulation/hopper.h: hopper.h's primitives on a CPU. Included by hopper.h alone.
+//
+// What the hardware does by itself is done as late as allowed: a box is copied when somebody waits at its mbarrier, a
+// wgmma reads and writes when its warpgroup waits for it. So who does not wait sees it. A stage that is filled again too
+// early shows with BARLOW_EMULATION_COPIES=early, which copies boxes at once.
+//
+// A shared memory address is an offset from the block's first byte, which is 1024-byte aligned.
+#pragma once
+
+#include <map>
+
+namespace barlow {
+
+namespace emulation {
+
+struct BytesBarrier {
+  int arrivals = 0, missing = 0;
+  int64_t bytes = 0;  // expected less arrived
+  int64_t phase = 0;
+  std::vector<Deferred> copies;  // not yet done
+};
+
+struct Warpgroup {
+  bool fenced = false;
+  std::vector<Deferred> products;             // since the last commit
+  std::vector<std::vector<Deferred>> groups;  // committed, not yet waited for
+};
+
+struct Hopper {
+  std::map<std::pair<int, uint32_t>, BytesBarrier> barriers;  // by block of the cluster and address
+  std::map<std::pair<int, int>, Warpgroup> warpgroups;
+};
+
+inline Hopper& hopper() {
+  if (!running()->hopper) running()->hopper = std::make_shared<Hopper>();
+  return *static_cast<Hopper*>(running()->hopper.get());
+}
+inline Warpgroup& warpgroup() { return hopper().warpgroups[{running()->rank(), thread() / 128}]; }
+
+inline char* shared_at(int rank, uint32_t address, int64_t bytes) {
+  Block& block = *running();
+  if (address + bytes > block.shared_bytes) fail("shared memory address " + std::to_string(address) + " is outside");
+  return block.shared[rank] + address;
+}
+
+constexpr uint64_t barrier_mark = 0x6d62617272696572;  // what an initialised barrier holds
+
+inline BytesBarrier& barrier_at(int rank, uint32_t address) {
+  uint64_t mark;
+  std::memcpy(&mark, shared_at(rank, address, 8), 8);
+  const auto found = hopper().barriers.find({rank, address});
+  if (found == hopper().barriers.end()) fail("an mbarrier that nobody initialised");
+  if (mark != barrier_mark) fail("an mbarrier that was written over");
+  return found->second;
+}
+
+inline void end_phase_if_complete(BytesBarrier& barrier) {
+  ++running()->progress;
+  if (barrier.missing < 0) fail("more arrivals at an mbarrier than it expects");
+  if (barrier.missing > 0 || barrier.bytes != 0) return;
+  barrier.missing = barrier.arrivals;
+  ++barrier.phase;
+}
+
+inline bool early() {
+  const char* copies = std::getenv("BARLOW_EMULATION_COPIES");
+  return copies != nullptr && std::strcmp(copies, "early") == 0;
+}
+
+inline uint32_t swizzled(uint32_t address) { return address ^ ((address >> 7 & 7) << 4); }
+
+}  // namespace emulation
+
+inline int cluster_rank() { return emulation::running()->rank(); }
+inline uint32_t shared_address(const void* p) {
+  const int64_t offset = static_cast<const char*>(p) - shared_memory();
+  if (offset < 0 || offset >= emulation::running()->shared_bytes) emulation::fail("not in this block's shared memory");
+  return static_cast<uint32_t>(offset);
+}
+
+// ---- Barriers in shared memory --------------------------------------------------------------------------------------
+
+inline void mbarrier_init(uint64_t* barrier, int arrivals) {
+  if (reinterpret_cast<uintptr_t>(barrier) % 8 != 0) emulation::fail("an mbarrier that is not aligned");
+  std::memcpy(barrier, &emulation::barrier_mark, 8);
+  emulation::BytesBarrier fresh;
+  fresh.arrivals = fresh.missing = arrivals;
+  emulation::hopper().barriers[{cluster_rank(), shared_address(barrier)}] = fresh;
+}
+inline void mbarrier_fence_init() {}
+inline void mbarrier_arrive_expect(uint64_t* barrier, int bytes) {
+  emulation::BytesBarrier& b = emulation::barrier_at(cluster_rank(), shared_address(barrier));
+  b.bytes += bytes;
+  --b.missing;
+  emulation::end_phase_if_complete(b);
+}
+inline void mbarrier_arrive(uint64_t* barrier, int rank) {
+  if (rank >= emulation::running()->cluster) emulation::fail("no such block in this cluster");
+  emulation::BytesBarrier& b = emulation::barrier_at(rank, shared_address(barrier));
+  --b.missing;
+  emulation::end_phase_if_complete(b);
+}
+inline void mbarrier_wait(uint64_t* barrier, int phase) {
+  emulation::BytesBarrier& b = emulation::barrier_at(cluster_rank(), shared_address(barrier));
+  emulation::wait_until("mbarrier_wait", [&b, phase] {
+    if (b.phase % 2 == phase) {
+      const std::vector<emulation::Deferred> copies = std::move(b.copies);
+      b.copies.clear();
+      for (const auto& copy : copies) copy();
+    }
+    return b.phase % 2 != phase;
+  });
+}
+
+// ---- The tensor memory accelerator ----------------------------------------------------------------------------------
+
+struct alignas(64) TensorMap {
+  const char* data = nullptr;
+  int64_t row_bytes = 0;
+  int rows = 0, columns = 0, box_rows = 0;
+};
+
+inline void prefetch_tensor_map(const TensorMap&) {}
+
+namespace emulation {
+inline void copy_box(int rank, uint32_t to, const TensorMap& map, int row, int column, uint32_t at) {
+  if (map.data == nullptr) fail("a copy with a tensor map that nobody made");
+  if (to % 128 != 0) fail("a box at an address that is not aligned");
+  BytesBarrier& barrier = barrier_at(rank, at);
+  shared_at(rank, to, map.box_rows * 128);
+  const auto copy = [=, &barrier] {
+    for (int r = 0; r < map.box_rows; ++r) {
+      for (int c = 0; c < box_columns; ++c) {
+        const bool inside = row + r >= 0 && row + r < map.rows && column + c >= 0 && column + c < map.columns;
+        uint16_t x = 0;
+        if (inside) std::memcpy(&x, map.data + (row + r) * map.row_bytes + (column + c) * 2, 2);
+        std::memcpy(running()->shared[rank] + swizzled(to + r * 128 + c * 2), &x, 2);
+      }
+    }
+    barrier.bytes -= map.box_rows * 128;
+    end_phase_if_complete(barrier);
+  };
+  if (early()) {
+    copy();
+  } else {
+    barrier.copies.push_back(copy);
+  }
+}
+}  // namespace emulation
+
+inline void copy_box(void* to, const TensorMap& map, int row, int column, uint64_t* barrier) {
+  emulation::copy_box(cluster_rank(), shared_address(to), map, row, column, shared_address(barrier));
+}
+template <int BLOCKS>
+void copy_box_to_all(void* to, const TensorMap& map, int row, int column, uint64_t* barrier) {
+  if (BLOCKS > emulation::running()->cluster) emulation::fail("more blocks than the cluster has");
+  for (int rank = 0; rank < BLOCKS; ++rank) {
+    emulation::copy_box(rank, shared_address(to), map, row, column, shared_address(barrier));
+  }
+}
+
+// ---- Warpgroups -----------------------------------------------------------------------------------------------------
+
+namespace emulation {
+// A collective operation of this thread's warpgroup.
+template <class Argument, class Act>
+void warpgroup_meet(const char* name, Argument& argument, Act act) {
+  meet(64 + thread() / 128, thread() % 128, 128, name, &argument, [&act](const std::vector<void*>& arguments) {
+    act([&arguments](int t) -> Argument& { return *static_cast<Argument*>(arguments[t]); });
+  });
+}
+
+// The numbers of a factor, [size, 16], from where its descriptor says they are: CUTLASS's canonical layouts in
+// cute/atom/mma_traits_sm90_gmma.hpp, in elements of 16 bits
+//
+//     k-major    Swizzle<3,4,3> o ((8, m), (8, 2)) : ((64, stride), (1, 8))
+//     mn-major   Swizzle<3,4,3> o ((8, 8, m), (8, k)) : ((1, 8, leading), (64, stride))
+template <class T>
+void read_factor(std::vector<float>& x, uint64_t descriptor, bool k_major, int size) {
+  if (descriptor >> 62 != 1) fail("a wgmma descriptor without 128-byte swizzle");
+  if ((descriptor >> 49 & 7) != 0) fail("a wgmma descriptor with a base offset");
+  const uint32_t start = (descriptor & 0x3fff) << 4;
+  const uint32_t leading = (descriptor >> 16 & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
+  x.resize(size * 16);
+  for (int i = 0; i < size; ++i) {
+    for (int k = 0; k < 16; ++k) {
+      const uint32_t address = k_major ? start + i % 8 * 128 + i / 8 * stride + k * 2
+                                       : start + i % 64 * 2 + i / 64 * leading + k % 8 * 128 + k / 8 * stride;
+      T number;
+      std::memcpy(&number, shared_at(running()->rank(), swizzled(address), 2), 2);
+      x[i * 16 + k] = to_float(number);
+    }
+  }
+}
+}  // namespace emulation
+
+inline void wgmma_fence() {
+  int nothing = 0;
+  emulation::warpgroup_meet("wgmma_fence", nothing, [](auto) { emulation::warpgroup().fenced = true; });
+}
+inline void wgmma_commit() {
+  int nothing = 0;
+  emulation::warpgroup_meet("wgmma_commit", nothing, [](auto) {
+    emulation::Warpgroup& w = emulation::warpgroup();
+    w.groups.push_back(std::move(w.products));
+    w.products.clear();
+    w.fenced = false;
+  });
+}
+template <int PENDING>
+void wgmma_wait() {
+  int nothing = 0;
+  emulation::warpgroup_meet("wgmma_wait", nothing, [](auto) {
+    auto& groups = emulation::warpgroup().groups;
+    while (groups.size() > PENDING) {
+      for (auto& product : groups.front()) product();
+      groups.erase(groups.begin());
+    }
+  });
+}
+template <int COUNT>
+void pin_registers(float (&)[COUNT][4]) {}
+
+template <class T, int N, bool A_K_MAJOR, bool B_K_MAJOR>
+struct Wgmma {
+  struct Thread {
+    float (*d)[4];
+    uint64_t a, b;
+    bool add;
+  };
+  static void run(float (&d)[N / 8][4], uint64_t a, uint64_t b, bool add) {
+    Thread mine{d, a, b, add};
+    emulation::warpgroup_meet("wgmma", mine, [](auto thread) {
+      std::vector<Thread> threads;
+      for (int t = 0; t < 128; ++t) {
+        threads.push_back(thread(t));
+        if (thread(t).a != thread(0).a || thread(t).b != thread(0).b || thread(t).add != thread(0).add) {
+          emulation::fail("the threads of a warpgroup give wgmma different arguments");
+        }
+      }
+      emulation::Warpgroup& w = emulation::warpgroup();
+      if (!w.fenced) emulation::fail("wgmma without wgmma_fence before");
+      w.products.push_back([threads] {
+        static std::vector<float> a, b;
+        emulation::read_factor<T>(a, threads[0].a, A_K_MAJOR, 64);
+        emulation::read_factor<T>(b, threads[0].b, B_K_MAJOR, N);
+        for (int m = 0; m < 64; ++m) {
+          for (int n = 0; n < N; ++n) {
+            double sum = 0;
+            for (int k = 0; k < 16; ++k) sum += static_cast<double>(a[m * 16 + k]) * b[n * 16 + k];
+            const Thread& to = threads[m / 16 * 32 + m % 8 * 4 + n % 8 / 2];
+            float& x = to.d[n / 8][m % 16 / 8 * 2 + n % 2];
+            x = static_cast<float>(to.add ? x + sum : sum);
+          }
+        }
+      });
+    });
+  }
+};
+
+template <int COUNT>
+void fewer_registers() {}
+template <int COUNT>
+void more_registers() {}
+
+template <int ID, int THREADS>
+void barrier_of() {
+  emulation::meet(96 + ID, thread(), THREADS, "barrier_of", nullptr, [](auto&) {});
+}
+
+// ---- Clusters -------------------------------------------------------------------------------------------------------
+
+inline void cluster_barrier() {
+  emulation::Block& block = *emulation::running();
+  emulation::meet((block.cluster - block.rank()) * emulation::Block::block_meetings, block.current,
+                  block.cluster * block.threads, "cluster_barrier", nullptr, [](auto&) {});
+}
+inline float load_from_block(const float* p, int rank) {
+  float x;
+  std::memcpy(&x, emulation::shared_at(rank, shared_address(p), 4), 4);
+  return x;
+}
+
+// ---- The host's side ------------------------------------------------------------------------------------------------
+
+template <class What>
+TensorMap tensor_map(const Matrix& m, int m_rows, int m_columns, int rows, const What& what) {
+  if (!has_tensor_map(m) || m_rows < 1 || m_columns < 1 || rows < 1 || rows > 256) {
+    throw std::runtime_error(what() + ": no tensor map of such a matrix");
+  }
+  TensorMap map;
+  map.data = static_cast<const char*>(m.data);
+  map.row_bytes = m.row_stride * 2;
+  map.rows = m_rows;
+  map.columns = m_columns;
+  map.box_rows = rows;
+  return map;
+}
+
+template <class Kernel>
+void launch_clusters(int64_t clusters, int shared_bytes, Stream, const typename Kernel::Params& params, int n, int d) {
+  const auto what = [=] { return launch_name(Kernel::name, n, d); };
+  const int64_t most = larger(1, device_info(0).multiprocessors / Kernel::cluster);
+  const int64_t blocks = smaller<int64_t>(clusters, most) * Kernel::cluster;
+  check_launch(what, blocks, shared_bytes, device_info(0).shared_bytes);
+  emulation::run_blocks(
+      blocks, Kernel::threads, shared_bytes,
+      [](const void* p) { Kernel::run(*static_cast<const typename Kernel::Params*>(p)); }, &params, what(),
+      Kernel::cluster);
+}
+
+}  // namespace barlow

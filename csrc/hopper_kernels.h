@@ -1,0 +1,26 @@
+// hopper_kernels.h: the operations on Hopper, in half precision. The same parameters and results as kernels.h's, which
+// choose between these and the portable kernels.
+#pragma once
+
+#include "hopper.h"
+
+namespace barlow {
+
+// Whether a Hopper kernel can run, and should: a Hopper GPU, half precision, matrices that the TMA can copy (16-byte
+// aligned rows), and enough tiles to fill the chip.
+bool hopper_can_gram(const Gram&, int device);
+bool hopper_can_correlate(const Correlate&, int device);
+bool hopper_can_gram_grad(const InputGrad&, int device);
+bool hopper_can_direct_grad(const InputGrad&, int device);
+
+void hopper_gram(const Gram&, Stream);
+void hopper_correlate(const Correlate&, Stream);
+void hopper_gram_grad(const InputGrad&, Stream);
+void hopper_direct_grad(const InputGrad&, Stream);
+
+inline bool is_hopper(int device) { return device_info(device).capability == 90; }
+
+// From this many rows on gram computes squares of 256 instead of 128.
+constexpr int hopper_gram_many_rows = 512;
+
+}  // namespace barlow

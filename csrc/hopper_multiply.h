@@ -1,0 +1,252 @@
+// hopper_multiply.h: a tile of a matrix product on Hopper: TMA, a ring of stages, wgmma.
+//
+//     P[m, n] = sum over k of a[m, k] * b[n, k]            both factors in half precision, k-major or mn-major each
+//
+// * A block is one producer warp and eight consumer warps (two warpgroups of 64 rows each; the producer's warpgroup is
+//   else empty). The producer asks for boxes of both factors, STAGES tiles of 64 k ahead; the consumers start wgmma on
+//   what has arrived. Each stage has two mbarriers: `full` counts the bytes that arrive, `empty` the warps that have
+//   read. Nobody waits for more than the data it needs.
+// * The grid is persistent: a block does one piece of work after the other, and while the consumers finish a tile, the
+//   producer already fills the ring for the next one.
+// * Accumulators live in registers: 128 of them a thread for 128 x 256. The producer gives its registers to the
+//   consumers (setmaxnreg). No second accumulator for long sums would fit: callers keep sums under 8192 products.
+// * CLUSTER blocks that work on the same columns of P share the tile of b: each fetches a part of it for all of them.
+//   `empty` then counts the warps of the whole cluster.
+//
+// Per 64 k of a 128 x 256 tile, one multiprocessor: 4 Mi FLOPs, 1024 cycles at the peak of 4096 a cycle. Shared memory
+// delivers 128 bytes a cycle and gives 80 KiB to the tensor cores (each warpgroup reads its 8 KiB of a and all 32 KiB of
+// b) and takes 48 KiB from the TMA: exactly 1024 cycles. A 128 x 128 tile has 512 cycles for 48 + 32 KiB, 640 cycles'
+// worth: it is for where there are too few tiles. From L2 a tile of 128 x 256 takes 48 bytes a cycle, 32 in a cluster of
+// two, 20 in one of eight.
+//
+// float32 stays with multiply.h: wgmma takes TF32 factors only k-major.
+#pragma once
+
+#include "hopper.h"
+
+namespace barlow {
+
+// The consumers' threads are the first of a block: thread() counts them.
+struct Consumers {
+  static constexpr int threads = 256;
+  static BARLOW_DEVICE void barrier() { barrier_of<1, threads>(); }
+};
+
+// What a block works on: `steps` tiles of k from k on, of the tile of P at (row, column).
+struct HopperTile {
+  const TensorMap *a, *b;
+  int row, column, k, steps;
+};
+
+template <class T_, int N_, int STAGES_, int CLUSTER_, bool A_K_MAJOR, bool B_K_MAJOR>
+struct HopperMultiply {
+  using T = T_;
+  using Team = Consumers;
+  static constexpr int M = 128, N = N_, K = 64, STAGES = STAGES_, CLUSTER = CLUSTER_;
+  static constexpr int threads = 384;
+  static constexpr int box_bytes = K * 128;  // of mn-major boxes
+  static constexpr int a_bytes = M * 128, stage_bytes = (M + N) * 128;
+  static constexpr int shared_bytes = STAGES * stage_bytes + 128;  // with the barriers; the epilogue's comes after
+  static constexpr int ROWS = 1, COLUMNS = N / 8;
+  static_assert(2 * STAGES * 8 <= 128 && N % CLUSTER == 0 && K / CLUSTER % 8 == 0, "parts of boxes are whole swizzles");
+
+  // acc[0][j]: as d[j] of wgmma.
+  using Accumulator = float[ROWS][COLUMNS][4];
+
+  // First row and column, within the tile, of this thread's numbers in fragment (0, j).
+  static BARLOW_DEVICE int row_of(int) { return warp() * 16 + lane() / 4; }
+  static BARLOW_DEVICE int column_of(int j) { return j * 8 + lane() % 4 * 2; }
+
+  static BARLOW_DEVICE char* epilogue_memory() { return shared_memory() + shared_bytes; }
+
+  // A place in the ring: every stage is used once before the phase changes.
+  struct Place {
+    int stage = 0, phase = 0;
+    BARLOW_DEVICE void advance() {
+      if (++stage == STAGES) {
+        stage = 0;
+        phase ^= 1;
+      }
+    }
+  };
+
+  // All threads, first and last. Nobody may leave whose shared memory others still copy to or arrive at.
+  static BARLOW_DEVICE void begin() {
+    if (thread() == 0) {
+      for (int s = 0; s < STAGES; ++s) {
+        mbarrier_init(full(s), 1);
+        mbarrier_init(empty(s), CLUSTER * Team::threads / 32);
+      }
+      mbarrier_fence_init();
+    }
+    meet();
+  }
+  static BARLOW_DEVICE void end() {
+    if constexpr (CLUSTER > 1) meet();
+  }
+
+  // The producer's part of a tile: one thread.
+  static BARLOW_DEVICE void load(Place& place, const HopperTile& t) {
+    const int rank = CLUSTER > 1 ? cluster_rank() : 0;
+    int k = t.k;
+    for (int step = 0; step < t.steps; ++step, k += K) {
+      uint64_t* const arrived = full(place.stage);
+      mbarrier_wait(empty(place.stage), place.phase ^ 1);
+      mbarrier_arrive_expect(arrived, stage_bytes);
+      char* const a = shared_memory() + place.stage * stage_bytes;
+      char* const b = a + a_bytes;
+      if constexpr (A_K_MAJOR) {
+        copy_box(a, *t.a, t.row, k, arrived);
+      } else {
+        for (int m = 0; m < M; m += box_columns) copy_box(a + m * 128, *t.a, k, t.row + m, arrived);
+      }
+      if constexpr (B_K_MAJOR) {
+        const int part = N / CLUSTER * rank;
+        copy_part(b + part * 128, *t.b, t.column + part, k, arrived);
+      } else {
+        const int part = K / CLUSTER * rank;
+        for (int n = 0; n < N; n += box_columns) {
+          copy_part(b + n * 128 + part * 128, *t.b, k + part, t.column + n, arrived);
+        }
+      }
+      place.advance();
+    }
+  }
+
+  // The consumers' part: acc = the sum over `steps` stages, at least one.
+  static BARLOW_DEVICE void multiply(Place& place, Accumulator& acc, int steps) {
+    start(place, acc, false);
+    for (int step = 1; step < steps; ++step) {
+      const int before = place.stage;
+      place.advance();
+      start(place, acc, true);
+      wgmma_wait<1>();  // the stage before has been read; this one's products are under way
+      release(before);
+    }
+    wgmma_wait<0>();
+    pin_registers(acc[0]);
+    release(place.stage);
+    place.advance();
+  }
+
+  // Tensor maps of the factors: of a, [m, k] k-major or [k, m] mn-major in memory, and of b alike.
+  template <class What>
+  static TensorMap a_map(const Matrix& x, int rows, int columns, const What& what) {
+    return tensor_map(x, rows, columns, A_K_MAJOR ? M : K, what);
+  }
+  template <class What>
+  static TensorMap b_map(const Matrix& x, int rows, int columns, const What& what) {
+    return tensor_map(x, rows, columns, (B_K_MAJOR ? N : K) / CLUSTER, what);
+  }
+
+ private:
+  static BARLOW_DEVICE uint64_t* full(int stage) {
+    return reinterpret_cast<uint64_t*>(shared_memory() + STAGES * stage_bytes) + stage;
+  }
+  static BARLOW_DEVICE uint64_t* empty(int stage) { return full(STAGES + stage); }
+
+  static BARLOW_DEVICE void meet() {
+    if constexpr (CLUSTER > 1) {
+      cluster_barrier();
+    } else {
+      barrier();
+    }
+  }
+
+  static BARLOW_DEVICE void copy_part(char* to, const TensorMap& map, int row, int column, uint64_t* arrived) {
+    if constexpr (CLUSTER > 1) {
+      copy_box_to_all<CLUSTER>(to, map, row, column, arrived);
+    } else {
+      copy_box(to, map, row, column, arrived);
+    }
+  }
+
+  // Starts the products of a stage when it has arrived.
+  static BARLOW_DEVICE void start(const Place& place, Accumulator& acc, bool add) {
+    const uint32_t stage = shared_address(shared_memory()) + place.stage * stage_bytes;
+    const uint64_t a = wgmma_descriptor<A_K_MAJOR, box_bytes>(stage + warp() / 4 * 64 * 128);  // a warpgroup's 64 rows
+    const uint64_t b = wgmma_descriptor<B_K_MAJOR, box_bytes>(stage + a_bytes);
+    mbarrier_wait(full(place.stage), place.phase);
+    pin_registers(acc[0]);
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < K / 16; ++k) {
+      Wgmma<T, N, A_K_MAJOR, B_K_MAJOR>::run(acc[0], a + k * wgmma_next_k<A_K_MAJOR>, b + k * wgmma_next_k<B_K_MAJOR>,
+                                             add || k > 0);
+    }
+    wgmma_commit();
+  }
+
+  // This warp has read a stage: every block that copies to it must know.
+  static BARLOW_DEVICE void release(int stage) {
+    if (lane() < CLUSTER) mbarrier_arrive(empty(stage), lane());
+  }
+};
+
+// Some neighbouring columns of a product's tile, with a product's names: what an epilogue takes at a time.
+template <class Product, int N_>
+struct ColumnsOf {
+  using T = typename Product::T;
+  using Team = typename Product::Team;
+  static constexpr int M = Product::M, N = N_, threads = Product::threads;
+  static constexpr int ROWS = 1, COLUMNS = N / 8;
+  using Accumulator = float[ROWS][COLUMNS][4];
+  static BARLOW_DEVICE int row_of(int i) { return Product::row_of(i); }
+  static BARLOW_DEVICE int column_of(int j) { return Product::column_of(j); }
+  static BARLOW_DEVICE const Accumulator& of(const typename Product::Accumulator& acc, int part) {
+    return reinterpret_cast<const Accumulator&>(acc[0][part * COLUMNS]);
+  }
+};
+
+// A kernel of such products. Job is what differs:
+//
+//     struct Job {
+//       using Product, Params;                                  // Params::works, Params::parts
+//       BARLOW_DEVICE Job(const Params&);                       // by every thread
+//       BARLOW_DEVICE HopperTile tile(int work, int part);      // by all threads of the producer warp and the consumers
+//       BARLOW_DEVICE void finish(int work, int part, const Accumulator&);  // by the consumers
+//       static constexpr int epilogue_bytes;                    // from Product::epilogue_memory() on
+//       static constexpr const char* name;
+//     };
+//
+// A cluster takes works in turn, and of each all parts.
+template <class Job>
+struct HopperKernel {
+  using Product = typename Job::Product;
+  using Params = typename Job::Params;
+  static constexpr const char* name = Job::name;
+  static constexpr int threads = Product::threads, cluster = Product::CLUSTER;
+  static constexpr int shared_bytes = Product::shared_bytes + Job::epilogue_bytes;
+  static_assert(shared_bytes <= 227 * 1024, "fits a multiprocessor");
+
+  static BARLOW_DEVICE void run(const Params& params) {
+    Product::begin();
+    const int first = block_id() / cluster, step = grid_size() / cluster;
+    typename Product::Place place;
+    Job job(params);
+    if (thread() >= Consumers::threads) {
+      fewer_registers<40>();
+      if (warp() == Consumers::threads / 32) {
+        for (int work = first; work < params.works; work += step) {
+          for (int part = 0; part < params.parts; ++part) {
+            const HopperTile tile = job.tile(work, part);
+            if (lane() == 0) Product::load(place, tile);
+            warp_barrier();
+          }
+        }
+      }
+    } else {
+      more_registers<232>();
+      for (int work = first; work < params.works; work += step) {
+        for (int part = 0; part < params.parts; ++part) {
+          typename Product::Accumulator acc;
+          Product::multiply(place, acc, job.tile(work, part).steps);
+          job.finish(work, part, acc);
+        }
+      }
+    }
+    Product::end();
+  }
+};
+
+}  // namespace barlow
