@@ -13,17 +13,22 @@ P ranks hold n_r samples each, N together. ``C = A_hat^T B_hat / N`` is a sum ov
 The route follows from the global N, so it is the same everywhere. What travels (a rank's share, size = the inputs'):
 
                   Gram                                       direct
-    header        all_gather, 15 int64                       the same
+    header        all_gather, 17 int64                       the same
     inputs        2 all_to_all, n D size each                -
     statistics    -                                          all_gather, 4 D float64 (statistics="global")
     product       2 all_reduce, about N^2/2 float32 each     1 all_reduce, D^2 + D float32
     scalars       all_reduce, 2 + 2 S float64 (S segments)   -
-    weights       in the backward pass: the gradients of the loss and its terms, 3 float64; not direct + "official"
+    weights       in the backward pass: the gradients of the loss and its terms, all_reduce of 3 float64 ("lightly"),
+                  or of 3 a rank ("official", Gram only)
     gradients     2 all_to_all, n D size each                -
 
 View b travels while view a's K is computed, K_a's sum while K_b is; in the backward pass view a's gradient while
-b's is computed. Half-precision inputs and gradients travel as they are. K is summed in float32 (float64 below 128
-samples and for float64 inputs).
+b's is computed. Half-precision inputs and gradients travel as they are. K and C are summed in float32, unless
+``reduce_dtype`` says otherwise (by itself K is summed in float64 for float64 inputs, and by the torch backend below 128
+samples, where it is small).
+
+Local work is done by a backend's operations on a part of a batch (backends/torch_partial.py says which these are): the
+torch backend's on every device, or the Triton backend's where it is asked for.
 
 **The header** lets ranks see that they disagree (on D, dtype, options, who needs gradients) or that one was given
 something invalid, before anyone waits for data that never comes: all of them raise. It costs one small collective a
@@ -47,7 +52,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from . import backends
-from .backends import torch_partial
+from .backends.torch_partial import Result, Segments
 from .function import _without_autocast
 from .loss import DTYPES, _check_inputs, _number
 from .normalization import Normalization, resolve_normalization
@@ -57,8 +62,9 @@ from .reference import BarlowTwinsTerms
 GRADIENTS = ("official", "lightly")
 STATISTICS = ("global", "local")
 DEVICES = ("cpu", "cuda")
-FIELDS = 15  # of the header
-PARTIAL: dict[str, ModuleType] = {"torch": torch_partial}  # backends that can work on a part of a batch
+FIELDS = 17  # of the header
+PARTIAL = ("torch", "triton")  # backends that can work on a part of a batch
+REDUCE_DTYPES = (None, torch.float32, torch.float64, torch.bfloat16)
 ALIGNMENT = 8  # features: shards of wide inputs begin and end at multiples of it (16 bytes in half precision)
 
 Group = dist.ProcessGroup | DeviceMesh | str
@@ -75,6 +81,7 @@ class Options(NamedTuple):
     backend: str
     gradient: str
     statistics: str
+    reduce_dtype: torch.dtype | None
 
 
 class Rules(NamedTuple):
@@ -84,17 +91,25 @@ class Rules(NamedTuple):
     scale: float
     normalization: Normalization | None
     route: str  # may still be "auto"
-    ops: ModuleType
+    backend: str
     gradient: str
     statistics: str
+    reduce_dtype: torch.dtype | None
+
+    @property
+    def ops(self) -> ModuleType:
+        """The backend's operations on a part of a batch."""
+        return backends.load_partial(self.backend)
 
 
-def check_options(group: Group | None, gradient: str | None, statistics: str) -> None:
+def check_options(group: Group | None, gradient: str | None, statistics: str, reduce_dtype: torch.dtype | None) -> None:
     """Whether the arguments of a call over several processes are acceptable, whatever its tensors."""
     if gradient is not None and gradient not in GRADIENTS:
         raise ValueError(f"gradient must be {' or '.join(map(repr, GRADIENTS))}, got {gradient!r}")
     if statistics not in STATISTICS:
         raise ValueError(f"statistics must be {' or '.join(map(repr, STATISTICS))}, got {statistics!r}")
+    if reduce_dtype not in REDUCE_DTYPES:
+        raise ValueError(f"reduce_dtype must be {', '.join(map(str, REDUCE_DTYPES))}, got {reduce_dtype!r}")
     if group is not None and gradient is None:
         raise ValueError(
             "with a group, gradient must be given: 'official' (dL/dz of this rank's samples; DDP's average is then 1/P "
@@ -175,7 +190,7 @@ class Part(NamedTuple):
         edges = [units * rank // count * unit for rank in range(count)] + [self.d]
         return [stop - start for start, stop in itertools.pairwise(edges)]
 
-    def segments(self) -> torch_partial.Segments:
+    def segments(self) -> Segments:
         """How the samples that this rank works on are standardised.
 
         With local statistics C is the mean of the ranks' own C, as in the libraries that know them: sample sizes that
@@ -185,8 +200,8 @@ class Part(NamedTuple):
         if self.local:
             weights = tuple(n / (len(sizes) * size) for size in sizes)
             chosen = slice(None) if self.route == "gram" else slice(self.rank, self.rank + 1)
-            return torch_partial.Segments(sizes[chosen], sizes[chosen], weights[chosen])
-        return torch_partial.Segments((n,) if self.route == "gram" else (sizes[self.rank],), (n,), (1.0,))
+            return Segments(sizes[chosen], sizes[chosen], weights[chosen])
+        return Segments((n,) if self.route == "gram" else (sizes[self.rank],), (n,), (1.0,))
 
 
 # The header
@@ -238,21 +253,21 @@ def _resolve(z_a: Tensor, z_b: Tensor, options: Options, group: dist.ProcessGrou
             f"z_a and z_b are on {z_a.device}, where group cannot communicate: its backends are "
             f"{dist.get_backend_config(group)}"
         )
-    backend = choose_backend(options.backend)
-    if backend == "auto":
-        fastest = backends.fastest(z_a.device, z_a.dtype)
-        backend = fastest if fastest in PARTIAL else "torch"
-    elif backend not in PARTIAL:
-        accepted = ", ".join(map(repr, ("auto", *PARTIAL)))
-        raise RuntimeError(f"backend={backend!r} does not run over several processes: accepted are {accepted}")
+    backend = choose_backend(options.backend, z_a.device, z_a.dtype)
+    if backend not in PARTIAL:
+        if choose_backend(options.backend) != "auto":
+            accepted = ", ".join(map(repr, ("auto", *PARTIAL)))
+            raise RuntimeError(f"backend={backend!r} does not run over several processes: accepted are {accepted}")
+        backend = "torch"
     return Rules(
         _number("lambd", options.lambd),
         _number("scale", options.scale),
         resolve_normalization(options.normalization, options.eps),
         choose_route(options.route),
-        PARTIAL[backend],
+        backend,
         options.gradient,
         options.statistics,
+        options.reduce_dtype,
     )
 
 
@@ -267,8 +282,10 @@ def _fields(z_a: Tensor, z_b: Tensor, rules: Rules) -> dict[str, int]:
         "the gradient of z_a": int(grad and z_a.requires_grad),
         "the gradient of z_b": int(grad and z_b.requires_grad),
         "route": ("auto", *ROUTES).index(rules.route),
+        "backend": PARTIAL.index(rules.backend),
         "gradient": GRADIENTS.index(rules.gradient),
         "statistics": STATISTICS.index(rules.statistics),
+        "reduce_dtype": REDUCE_DTYPES.index(rules.reduce_dtype),
         "lambd": _bits(rules.lambd),
         "scale": _bits(rules.scale),
         "the normalization's correction": -1 if convention is None else convention.correction,
@@ -285,8 +302,10 @@ def _describe(name: str, value: int) -> str:
         "the gradient of z_a": ("not needed", "needed"),
         "the gradient of z_b": ("not needed", "needed"),
         "route": ("auto", *ROUTES),
+        "backend": PARTIAL,
         "gradient": GRADIENTS,
         "statistics": STATISTICS,
+        "reduce_dtype": REDUCE_DTYPES,
         "the normalization's eps_added_to": ("variance", "deviation"),
     }
     if name in names:
@@ -356,23 +375,20 @@ def _terms(on_diag: Tensor, off_diag: Tensor, rules: Rules, dtype: torch.dtype) 
 def _gram_forward(z_a: Tensor, z_b: Tensor, part: Part) -> tuple[BarlowTwinsTerms, list[Tensor]]:
     rules, ops, segments = part.rules, part.rules.ops, part.segments()
     arrivals = [_to_features(z, part) for z in (z_a, z_b)]  # both are on their way
-    views, kernels, taus, sums = [], [], [], []
+    views, taus, sums = [], [], []
     for arrive in arrivals:
         shard = arrive()  # (N, D / P)
         moments = None if rules.normalization is None else ops.moments(shard, segments.sizes)
         views.append(ops.View(shard, moments, rules.normalization, segments))
         k, tau = ops.partial_gram(views[-1], part.d)
-        kernels.append(k)
         taus.append(tau)
-        sums.append(dist.all_reduce(k, group=part.group, async_op=True))
+        sums.append(_sum(k, part))
     c = ops.diagonal(*views).div_(part.n)  # (D / P,)
     wide = c.double()
     scalars = torch.cat([torch.stack([(wide - 1).square().sum(), wide.square().sum()]), *taus])
     dist.all_reduce(scalars, group=part.group)
-    for work in sums:
-        work.wait()
     tau = scalars[2:].view(2, -1)
-    inner, product = ops.join_gram(tuple(kernels), tau, segments.sizes, part.d, c.dtype)
+    inner, product = ops.join_gram(tuple(wait() for wait in sums), tau, segments.sizes, part.d, views[0].product_dtype)
     terms = _terms(scalars[0], inner / part.n**2 - scalars[1], rules, c.dtype)
     moments = [] if rules.normalization is None else [view.moments for view in views]
     return terms, [views[0].z, views[1].z, c, product, tau, *moments]
@@ -383,21 +399,19 @@ def _gram_backward(saved: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], 
     *shards, c, product, tau = saved[:5]
     moments = saved[5:] or (None, None)
     views = [ops.View(z, m, rules.normalization, segments) for z, m in zip(shards, moments, strict=True)]
-    bulk = ops.takes_bulk(rules.normalization, part.n, part.d)
     weights = _weights(grads, c)
     if rules.gradient == "lightly":  # the gradient of the sum of all ranks' losses
         dist.all_reduce(weights, group=part.group)
         per_rank = weights[None]
     else:  # of each rank's loss for its own samples
-        per_rank = _gather(weights, part.group)
+        per_rank = weights.new_zeros(len(part.sizes), 3)
+        per_rank[part.rank] = weights
+        dist.all_reduce(per_rank, group=part.group)  # not a gather: it must never meet the header of a rank ahead
         if bool((per_rank == per_rank[0]).all()):
             per_rank = per_rank[:1]
 
     def gradient(view: int, w_on: Tensor, w_off: Tensor) -> Tensor:  # [N, D / P]
-        alpha = w_off * (2 * part.d / part.n**2)
-        d = ((c - 1) * w_on - c * w_off) * (2 / part.n)
-        other = tau[1 - view] / part.d if bulk else None
-        return ops.input_grad(views[view], views[1 - view], product[1 - view], "gram", alpha, d, other)
+        return ops.input_grad(views, view, Result("gram", part.n, part.d, product, c, tau, w_on, w_off))
 
     arrivals: list[Callable[[], Tensor] | None] = [None, None]
     for view in (view for view in range(2) if part.needs[view]):
@@ -448,6 +462,13 @@ def _exchange(send: Tensor, send_sizes: list[int], receive_sizes: list[int], par
     return received, work.wait
 
 
+def _sum(x: Tensor, part: Part) -> Callable[[], Tensor]:
+    """Sum ``x`` over the ranks, in the dtype that the user wants it to travel in; the result waits for it."""
+    travelling = x if part.rules.reduce_dtype is None else x.to(part.rules.reduce_dtype)
+    work = dist.all_reduce(travelling, group=part.group, async_op=True)
+    return lambda: (work.wait(), travelling.to(x.dtype))[1]
+
+
 # The direct route
 
 
@@ -460,8 +481,7 @@ def _direct_forward(z_a: Tensor, z_b: Tensor, part: Part) -> tuple[BarlowTwinsTe
             moments = list(_combine(torch.stack(moments), part))
     views = [ops.View(z, m, rules.normalization, segments) for z, m in zip((z_a, z_b), moments, strict=True)]
     d = part.d
-    summed = torch.cat([ops.partial_correlate(*views).view(-1), ops.diagonal(*views)])
-    dist.all_reduce(summed, group=part.group)
+    summed = _sum(torch.cat([ops.partial_correlate(*views).view(-1), ops.diagonal(*views)]), part)()
     summed /= part.n
     product, c = summed[: d * d].view(d, d), summed[d * d :]
     product.fill_diagonal_(0)
@@ -480,15 +500,8 @@ def _direct_backward(saved: tuple[Tensor, ...], grads: tuple[Tensor | None, ...]
     if rules.gradient == "lightly":  # the gradient of the sum of all ranks' losses
         dist.all_reduce(weights, group=part.group)
     w_on, w_off = _weights_of_sums(weights, rules)
-    alpha, d = w_off * (2 / part.n), (c - 1) * w_on * (2 / part.n)
-    result: list[Tensor | None] = [None, None]
-    for view in (view for view in range(2) if part.needs[view]):
-        mean = None
-        if rules.normalization is not None and not part.local:  # mean_n(X_hat * g) over all ranks' samples, from C
-            mean = (torch.linalg.vecdot(product, product, dim=1 - view) * alpha + d * c)[None]
-        matrix = product.T if view else product
-        result[view] = ops.input_grad(views[view], views[1 - view], matrix, "direct", alpha, d, mean=mean)
-    return result
+    total = Result("direct", part.n, part.d, product, c, None, w_on, w_off)
+    return [ops.input_grad(views, view, total) if part.needs[view] else None for view in range(2)]
 
 
 def _combine(moments: Tensor, part: Part) -> Tensor:  # [2, 3, 1, D] -> [2, 3, 1, D]

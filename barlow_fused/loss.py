@@ -34,6 +34,7 @@ def barlow_twins_loss(
     group: Group | None = None,
     gradient: str | None = None,
     statistics: str = "global",
+    reduce_dtype: torch.dtype | None = None,
 ) -> Tensor | BarlowTwinsTerms:
     """The Barlow Twins loss (Zbontar et al. 2021, arXiv 2103.03230, Algorithm 1), exact, without the (D, D) matrix.
 
@@ -79,12 +80,12 @@ def barlow_twins_loss(
         RuntimeError: the backend asked for cannot run here, or a second derivative was asked for; with a group, another
             rank's arguments were invalid, or a rank was lost (torch.distributed's own error).
     """
-    _check_options(group, gradient, statistics)
+    _check_options(group, gradient, statistics, reduce_dtype)
     process_group = _process_group(group)
     if process_group is not None and process_group.size() > 1:
         from . import distributed
 
-        options = (lambd, scale, normalization, eps, route, backend, gradient, statistics)
+        options = (lambd, scale, normalization, eps, route, backend, gradient, statistics, reduce_dtype)
         terms = distributed.apply(z_a, z_b, distributed.Options(*options), process_group)
         return terms if return_terms else terms.loss
     _check_inputs(z_a, z_b)
@@ -120,12 +121,13 @@ class BarlowTwinsLoss(nn.Module):
         group: Group | None = None,
         gradient: str | None = None,
         statistics: str = "global",
+        reduce_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         resolve_normalization(normalization, eps)
         choose_backend(backend)
         choose_route(route)
-        _check_options(group, gradient, statistics)
+        _check_options(group, gradient, statistics, reduce_dtype)
         self.lambd = _number("lambd", lambd)
         self.scale = _number("scale", scale)
         self.normalization = normalization
@@ -136,6 +138,7 @@ class BarlowTwinsLoss(nn.Module):
         self.group = group
         self.gradient = gradient
         self.statistics = statistics
+        self.reduce_dtype = reduce_dtype
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor | BarlowTwinsTerms:  # [N, D], [N, D] -> []
         """The loss of two views' projector outputs."""
@@ -152,6 +155,7 @@ class BarlowTwinsLoss(nn.Module):
             group=self.group,
             gradient=self.gradient,
             statistics=self.statistics,
+            reduce_dtype=self.reduce_dtype,
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BarlowTwinsLoss:
@@ -188,11 +192,13 @@ def cross_correlation(
         return reference_cross_correlation(z_a.to(dtype), z_b.to(dtype), convention)
 
 
-def _check_options(group: Group | None, gradient: str | None, statistics: str) -> None:
-    if group is not None or gradient is not None or statistics != "global":
+def _check_options(
+    group: Group | None, gradient: str | None, statistics: str, reduce_dtype: torch.dtype | None
+) -> None:
+    if (group, gradient, statistics, reduce_dtype) != (None, None, "global", None):
         from . import distributed  # not everyone needs it, and it imports much
 
-        distributed.check_options(group, gradient, statistics)
+        distributed.check_options(group, gradient, statistics, reduce_dtype)
 
 
 def _process_group(group: Group | None) -> Any:

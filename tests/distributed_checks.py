@@ -87,7 +87,7 @@ def global_oracle(
 
 def assert_equal_to_oracle(
     n: int, d: int, dtype: torch.dtype, tolerance: float, route: str, gradient: str, statistics: str,
-    convention: Any = BATCH_NORM, sizes: list[int] | None = None, group: Any = "world",
+    convention: Any = BATCH_NORM, sizes: list[int] | None = None, group: Any = "world", **kwargs: Any,
 ) -> None:  # fmt: skip
     z_a, z_b = views(n, d, dtype)
     sizes = sizes or split(n)
@@ -96,7 +96,7 @@ def assert_equal_to_oracle(
     a, b = own(z_a, sizes), own(z_b, sizes)
     terms = barlow_twins_loss(
         a, b, **weights, normalization=convention or "none", route=route, return_terms=True,
-        group=group, gradient=gradient, statistics=statistics,
+        group=group, gradient=gradient, statistics=statistics, **kwargs,
     )  # fmt: skip
     grads = torch.autograd.grad(terms.loss, (a, b))
     factor = dist.get_world_size() if gradient == "lightly" else 1
@@ -165,6 +165,18 @@ def one_process_is_the_local_loss_bit_for_bit() -> None:
 
 
 @check
+def products_are_summed_in_the_dtype_that_is_asked_for() -> None:
+    if dist.get_world_size() == 1:
+        return
+    for route in ("gram", "direct"):
+        for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-5), (torch.bfloat16, 2e-2)):
+            with recorded() as calls:
+                arguments = (200, 410, torch.float32, tolerance, route, "official", "global")
+                assert_equal_to_oracle(*arguments, reduce_dtype=dtype)
+            assert any(name == "all_reduce" and used == dtype and size > 200**2 / 2 for name, used, size in calls)
+
+
+@check
 def every_rank_gets_the_same_bits() -> None:
     for route in ("gram", "direct"):
         loss = barlow_twins_loss(*map(own, views(33, 70)), route=route, group="world", gradient="official")
@@ -221,10 +233,9 @@ def number_and_size_of_collectives() -> None:
     local = n // ranks
     triangle = sum(torch_partial.panel_sizes(n))  # of K
     assert n * (n + 1) / 2 <= triangle <= n * (n + torch_partial.PANEL) / 2
-    header = ("all_gather_into_tensor", torch.int64, 15)
+    header = ("all_gather_into_tensor", torch.int64, 17)
     for gradient in ("official", "lightly"):
-        name = "all_gather_into_tensor" if gradient == "official" else "all_reduce"
-        weights = [(name, torch.float64, 3)]
+        weights = [("all_reduce", torch.float64, 3 * ranks if gradient == "official" else 3)]
         for dtype in (torch.float32, torch.bfloat16):
             for statistics, segments in (("global", 1), ("local", ranks)):
                 z_a, z_b = (own(z) for z in views(n, d, dtype))
@@ -328,7 +339,7 @@ def patched_libraries_compute_what_they_computed_before() -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     torch.set_default_dtype(torch.float64)
     for name, code in PATCHED.items():
-        inputs = [own(z, [4 + r for r in range(ranks)]) for z in views(sum(range(4, 4 + ranks)), 31, torch.float64)]
+        inputs = [own(z, [4 + r for r in range(ranks)]) for z in views(sum(range(4, 4 + ranks)), 100, torch.float64)]
         answers = []
         for on in (False, True):
             with patch(name) if on else contextlib.nullcontext(), recorded() as calls:
@@ -485,6 +496,8 @@ def disagreement_is_an_error_on_every_rank() -> None:
         call(z(), z(), route="direct" if odd else "gram")
     with raises(ValueError, f"disagree on gradient: official on rank 0, lightly {last}"):
         call(z(), z(), gradient="lightly" if odd else "official")
+    with raises(ValueError, f"disagree on reduce_dtype: None on rank 0, torch.bfloat16 {last}"):
+        call(z(), z(), reduce_dtype=torch.bfloat16 if odd else None)
     with raises(ValueError, f"disagree on statistics: global on rank 0, local {last}"):
         call(z(), z(), statistics="local" if odd else "global")
     with raises(ValueError, f"disagree on the normalization's eps: 1e-05 on rank 0, 0.001 {last}"):
@@ -640,14 +653,49 @@ def modules_can_be_copied() -> None:
         assert "gradient='lightly', statistics='local'" in repr(twin)
 
 
+# The Triton backend, in Triton's interpreter: asked for by name, as it takes long
+
+
+def triton_equals_one_process() -> None:
+    """K in two panels, all conventions, unequal batches, and fewer features than a tile has."""
+    for options in (ALL[0], ALL[3], ALL[4], ALL[7]):
+        assert_equal_to_oracle(130, 270, torch.float32, 1e-5, *options, backend="triton")
+        assert_equal_to_oracle(16, 7, torch.float32, 1e-5, "direct", *options[1:], backend="triton")
+    for convention in NORMALIZATIONS.values():
+        for route in ("gram", "direct"):
+            for statistics in ("global", "local") if convention is not None else ("global",):
+                arguments = (route, "lightly", statistics, convention, [5, 12])
+                assert_equal_to_oracle(17, 100, torch.float32, 1e-5, *arguments, backend="triton")
+
+
+def triton_in_half_precision() -> None:
+    """Multiplied in float32 where they are small; as they are, and in several row tiles, in the second run."""
+    from barlow_fused.backends.triton_kernels import configs
+
+    for limit, one_tile in ((configs.FLOAT32_ELEMENTS, configs.ONE_TILE), (0, {32: configs.ONE_TILE[64]})):
+        configs.FLOAT32_ELEMENTS, configs.ONE_TILE = limit, one_tile
+        for options in (ALL[0], ALL[3], ALL[4], ALL[7]):
+            assert_equal_to_oracle(40, 100, torch.bfloat16, 5e-3, *options, backend="triton")
+
+
+def triton_does_not_take_float64() -> None:
+    z = torch.randn(4, 31, dtype=torch.float64)
+    with raises(RuntimeError, "cannot take torch.float64"):
+        barlow_twins_loss(z, z, backend="triton", group="world", gradient="official")
+
+
+TRITON_CHECKS = (triton_equals_one_process, triton_in_half_precision, triton_does_not_take_float64)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # torch.distributed.nn is deprecated; the libraries use it
     dist.init_process_group("gloo", timeout=TIMEOUT)
     wanted = sys.argv[2:]
+    checks = {f.__name__: f for f in TRITON_CHECKS} if wanted == ["triton"] else CHECKS
     results = {}
-    for name, function in CHECKS.items():
-        if wanted and name not in wanted:
+    for name, function in checks.items():
+        if wanted not in ([], ["triton"]) and name not in wanted:
             continue
         try:
             function()

@@ -1,16 +1,17 @@
 """The loss over several processes, on Gloo: what tests/distributed_checks.py checks on every rank, under torchrun.
 
-What the arguments are checked for, and what happens when a rank is killed, stands here.
+What the arguments are checked for, and what happens when a rank leaves the others alone, stands here.
 """
 
 import ast
 import functools
+import importlib.util
+import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
@@ -33,13 +34,14 @@ def names_of_checks() -> list[str]:
 
 
 @functools.cache
-def results(ranks: int) -> dict[str, dict[str, str]]:
-    """What went wrong, {check: {rank: traceback}}, in one run of all checks."""
+def results(ranks: int, *names: str) -> dict[str, dict[str, str]]:
+    """What went wrong, {check: {rank: traceback}}, in one run of all checks; or of the Triton backend's, "triton"."""
+    environment = {**ENVIRONMENT, "TRITON_INTERPRET": "1"} if names else ENVIRONMENT
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "results.json")
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         process = subprocess.run(
-            [*torchrun, str(SCRIPT), str(path)], env=ENVIRONMENT, capture_output=True, text=True, timeout=240
+            [*torchrun, str(SCRIPT), str(path), *names], env=environment, capture_output=True, text=True, timeout=240
         )
         assert path.exists(), process.stderr[-5000:]
         return json.loads(path.read_text())
@@ -52,36 +54,73 @@ def test_on_every_rank(name: str, ranks: int) -> None:
     assert not problems, "\n".join(f"rank {rank}: {text}" for rank, text in problems.items())
 
 
-KILLED = """
-import datetime, os, sys, torch, torch.distributed as dist
+LEFT_ALONE = """
+import datetime, os, sys, time, torch, torch.distributed as dist
 from barlow_fused import barlow_twins_loss
 
-rank, moment = int(sys.argv[1]), sys.argv[2]
+rank, what = int(sys.argv[1]), sys.argv[2]
 store = dist.FileStore(sys.argv[3], 3)
-dist.init_process_group("gloo", store=store, rank=rank, world_size=3, timeout=datetime.timedelta(seconds=20))
+dist.init_process_group("gloo", store=store, rank=rank, world_size=3, timeout=datetime.timedelta(seconds=10))
 torch.set_num_threads(1)
 for step in range(3):
+    odd = rank == 1 and step == 1
     z_a, z_b = (torch.randn(8, 100, requires_grad=True) for _ in range(2))
-    if rank == 1 and step == 1 and moment == "forward":
+    if odd and what == "is killed before":
         os._exit(0)
     loss = barlow_twins_loss(z_a, z_b, group="world", gradient="official")
-    if rank == 1 and step == 1:
+    if odd and what == "is killed after":
         os._exit(0)
-    loss.backward()
+    if odd and what == "skips backward and waits":
+        time.sleep(20)
+        os._exit(0)
+    if not (odd and what == "skips backward and goes on"):
+        loss.backward()
 """
+ENDINGS = ("is killed before", "is killed after", "skips backward and waits", "skips backward and goes on")
 
 
-@pytest.mark.parametrize("moment", ["forward", "backward"])
-def test_others_fail_where_a_rank_is_killed(moment: str, tmp_path: Path) -> None:
-    arguments = [[sys.executable, "-c", KILLED, str(rank), moment, str(tmp_path / "store")] for rank in range(3)]
-    start = time.monotonic()
-    processes = [subprocess.Popen(a, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True) for a in arguments]
-    errors = [process.communicate(timeout=60)[1] for process in processes]
-    assert time.monotonic() - start < 60
-    assert processes[1].returncode == 0
-    for rank in (0, 2):
-        assert processes[rank].returncode == 1
-        assert "RuntimeError" in errors[rank], errors[rank]  # torch.distributed's own: the connection, or the timeout
+@functools.cache
+def left_alone() -> dict[str, list[tuple[int, str]]]:
+    """The exit codes and the errors of three ranks, of which rank 1 leaves the others alone, in each way."""
+    with tempfile.TemporaryDirectory() as folder:
+        processes = {
+            what: [
+                subprocess.Popen(
+                    [sys.executable, "-c", LEFT_ALONE, str(rank), what, str(Path(folder, what))],
+                    env=ENVIRONMENT,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+                for rank in range(3)
+            ]
+            for what in ENDINGS
+        }
+        try:
+            return {
+                what: [(errors := p.communicate(timeout=90)[1], (p.returncode, errors))[1] for p in ranks]
+                for what, ranks in processes.items()
+            }
+        finally:
+            for process in itertools.chain(*processes.values()):
+                process.kill()
+
+
+@pytest.mark.parametrize("what", ENDINGS)
+def test_others_fail_where_a_rank(what: str) -> None:
+    """With torch.distributed's own error: of the connection, or at the group's timeout."""
+    for rank, (code, errors) in enumerate(left_alone()[what]):
+        if rank == 1 and what != "skips backward and goes on":
+            assert code == 0
+        else:
+            assert code == 1, errors
+            assert "RuntimeError" in errors, errors
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the package triton")
+def test_the_triton_backend_in_the_interpreter() -> None:
+    problems = results(2, "triton")
+    assert len(problems) == 3
+    assert not any(problems.values()), problems
 
 
 # The arguments
@@ -109,6 +148,7 @@ def test_gradient_has_no_default(process_group):
     [
         ({"gradient": "mean"}, ValueError, "gradient must be 'official' or 'lightly', got 'mean'"),
         ({"statistics": "batch"}, ValueError, "statistics must be 'global' or 'local', got 'batch'"),
+        ({"reduce_dtype": torch.float16}, ValueError, "reduce_dtype must be None, torch.float32, .* got torch.float16"),
         ({"group": "all", "gradient": "official"}, ValueError, "group must be a process group, .* got 'all'"),
         ({"group": 3, "gradient": "official"}, TypeError, "group must be a torch.distributed process group, got int"),
     ],

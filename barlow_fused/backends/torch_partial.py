@@ -1,16 +1,20 @@
 """The torch backend's operations on one rank's part of a batch: what distributed.py is composed of.
 
+A backend that can work over several processes has such a file, ``<name>_partial.py``, beside its four operations, with
+what is listed here. ``triton_partial.py`` has its own View, partial_gram, partial_correlate and input_grad, which take
+nearly all of the time, and shares the rest.
+
 A part is either all samples of some features (Gram route) or all features of some samples (direct route). Sums that go
 over the ranks are left undivided. Operations work on one view at a time where they can, so that the other view can
 travel meanwhile:
 
-    moments(z, sizes)                     -> [3, S, D]     mean, what rounding left of it, and variance
-    View(z, moments, ...)                                  a view and what standardises it
-    partial_gram(view, total_d)           -> panels, tau   K's lower triangle, summed over the features that are here
-    join_gram(flats, taus, ...)           -> <K_a, K_b>, product    from the sums over the ranks
-    diagonal(a, b)                        -> [D]           A_hat * B_hat, summed over the samples that are here
-    partial_correlate(a, b)               -> [D, D]        A_hat^T B_hat, likewise
-    input_grad(own, other, product, ...)  -> dL/dz         of one view
+    moments(z, sizes)                -> [3, S, D]     mean, what rounding left of it, and variance
+    View(z, moments, ...)                             a view and what standardises it
+    partial_gram(view, total_d)      -> panels, tau   K's lower triangle, summed over the features that are here
+    join_gram(flats, taus, ...)      -> <K_a, K_b>, product    from the sums over the ranks
+    diagonal(a, b)                   -> [D]           A_hat * B_hat, summed over the samples that are here
+    partial_correlate(a, b)          -> [D, D]        A_hat^T B_hat, likewise
+    input_grad(views, view, result)  -> dL/dz         of one view, given the Result of all ranks
 
 Samples form S segments, each standardised by itself: one with the statistics of the global batch, one a rank with those
 of each rank. A segment of n samples may have the weight w, which its standardised features carry as sqrt(w).
@@ -18,6 +22,7 @@ of each rank. A segment of n samples may have the weight w, which its standardis
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -46,6 +51,28 @@ class Segments(NamedTuple):
     weights: tuple[float, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a backward pass knows of the whole batch."""
+
+    route: str
+    n: int  # samples of all ranks
+    d: int  # features of all ranks
+    product: Tensor  # Gram: both views' (N, N) matrices, [2, N, N]; direct: C with its diagonal set to 0, [D, D]
+    c: Tensor  # [D] diag(C), of the features that are here
+    tau: Tensor | None  # [2, S] Gram: the bulk that was taken out of K
+    w_on: Tensor  # [] the gradients with respect to the two sums, on_diag and off_diag
+    w_off: Tensor
+
+    @functools.cached_property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """alpha, [], and d, [D]: the gradient with respect to A_hat is alpha * P + d * B_hat."""
+        if self.route == "gram":
+            d = ((self.c - 1) * self.w_on - self.c * self.w_off) * (2 / self.n)
+            return self.w_off * (2 * self.d / self.n**2), d
+        return self.w_off * (2 / self.n), (self.c - 1) * self.w_on * (2 / self.n)
+
+
 def moments(z: Tensor, sizes: tuple[int, ...]) -> Tensor:  # [N, D] -> [3, S, D]
     """Each feature's mean, what rounding left of it, and biased variance, over each segment of samples."""
     n, d = z.shape
@@ -70,7 +97,7 @@ class View:
         segments: Segments,
     ) -> None:
         self.z = z
-        self.dtype = _compute_dtype(z)
+        self.dtype = self.product_dtype = _compute_dtype(z)  # product_dtype: of K in the backward pass
         self.normalization = normalization
         self.segments = segments
         if moments is None:
@@ -130,7 +157,7 @@ def partial_gram(view: View, total_d: int) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if n < FEW_SAMPLES else view.dtype
     flat = view.z.new_zeros(sum(panel_sizes(n)), dtype=dtype)
     tau = view.z.new_zeros(len(view.segments.sizes), dtype=torch.float64)
-    bulk = takes_bulk(view.normalization, n, total_d)
+    bulk = view.normalization is not None and total_d >= BULK_RATIO * n
     for s in _slabs(d, n):
         power = _cut(view.power, s).split(MIN_SLAB, dim=1) if bulk else None
         for i, x_hat in enumerate(view.slab(s).split(MIN_SLAB if bulk else max(d, 1), dim=1)):
@@ -142,11 +169,6 @@ def partial_gram(view: View, total_d: int) -> tuple[Tensor, Tensor]:
             if bulk:
                 tau += part
     return flat, tau
-
-
-def takes_bulk(normalization: Normalization | None, n: int, total_d: int) -> bool:
-    """Whether K's bulk is taken out of it: the same on every rank."""
-    return normalization is not None and total_d >= BULK_RATIO * n
 
 
 def panel_sizes(n: int) -> list[int]:
@@ -205,30 +227,41 @@ def partial_correlate(a: View, b: View) -> Tensor:  # [D, D]
     return _matmul_t(a.slab(slice(None)).T, b.slab(slice(None)).T, a.z.dtype)
 
 
-def input_grad(
-    own: View,
-    other: View,
-    product: Tensor,  # Gram: the other view's (N, N) matrix; direct: C with its diagonal set to 0 (its transpose for b)
-    route: str,
-    alpha: Tensor,  # [] weight of the product
-    d: Tensor,  # [D] weight of the other view
-    tau: Tensor | None = None,  # [S] Gram: the other view's bulk, over D
-    mean: Tensor | None = None,  # [1, D] mean_n(X_hat * g) over the global batch, where its samples are not all here
-) -> Tensor:  # [N, D]
-    """dL/dz of one view, ``own``, from its two parts: g = alpha * P + d * other, and the normalisation's backward pass.
-
-    grad = rstd * (g - kappa * mean_n(X_hat * g) * X_hat), and what the normalisation leaves of the bulk.
-    """
+def input_grad(views: list[View], view: int, result: Result) -> Tensor:  # [N, D]
+    """dL/dz of one view, from the two parts of g = dL/dX_hat = alpha * P + d * other."""
+    own, other = views[view], views[1 - view]
+    alpha, d = result.factors
     n, features = own.z.shape
+    gram = result.route == "gram"
+    product = result.product[1 - view] if gram else result.product.T if view else result.product
     grad = torch.empty_like(own.z)
-    for s in _slabs(features, n) if route == "gram" else (slice(None),):
+    for s in _slabs(features, n) if gram else (slice(None),):
         x, y = own.slab(s), other.slab(s)
-        g = _matmul_t(product, x.T, own.z.dtype) if route == "gram" else _matmul_t(y, product, own.z.dtype)
+        g = _matmul_t(product, x.T, own.z.dtype) if gram else _matmul_t(y, product, own.z.dtype)
         g = g.mul_(alpha).addcmul_(y, _cut(d, s))
-        if own.normalization is not None:
-            factor = _cut(own.kappa.expand_as(own.var), s) * (own.means(x * g) if mean is None else _cut(mean, s))
-            if tau is not None:
-                factor -= own.normalization.remainder(_cut(own.plain_rstd, s)) * (alpha * tau).to(factor)[:, None]
-            g = g.addcmul_(x, own.rows(factor), value=-1).mul_(own.rows(_cut(own.rstd, s)))
-        grad[:, s] = g
+        grad[:, s] = through_normalization(own, view, x, g, result, s)
     return grad
+
+
+def through_normalization(
+    own: View,
+    view: int,
+    x: Tensor,  # [N, columns] X_hat
+    g: Tensor,  # [N, columns] dL/dX_hat, less what K's bulk makes of it; written over
+    result: Result,
+    columns: slice,
+) -> Tensor:  # [N, columns]
+    """dL/dz = rstd * (g - kappa * mean_n(X_hat * g) * X_hat), and what the normalisation leaves of the bulk."""
+    if own.normalization is None:
+        return g
+    alpha, d = result.factors
+    product = result.product
+    if sum(own.segments.counts) == len(x):
+        mean = own.means(x * g)
+    else:  # over samples that are not all here, from C
+        mean = (torch.linalg.vecdot(product, product, dim=1 - view) * alpha + d * result.c)[None, columns]
+    factor = _cut(own.kappa.expand_as(own.var), columns) * mean
+    if result.tau is not None:  # of the other view; zero where none was taken
+        bulk = (alpha * result.tau[1 - view] / result.d).to(factor)[:, None]
+        factor -= own.normalization.remainder(_cut(own.plain_rstd, columns)) * bulk
+    return g.addcmul_(x, own.rows(factor), value=-1).mul_(own.rows(_cut(own.rstd, columns)))

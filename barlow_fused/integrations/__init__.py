@@ -24,8 +24,8 @@ How it is done, and what it reaches:
 ``patch`` first compares the two losses on a few numbers and refuses a version of the library that computes something
 else: lightly before 1.5.20 standardised both views together, stable-pretraining before 0.1.7 had a batch norm with
 weights. It compares as if there were one process, and communicates with no other. What differs from the originals, by
-design: half-precision inputs and autocast give a float32 loss, where lightly and stable-pretraining may give one in half
-precision, and a second derivative is an error.
+design: half-precision inputs and autocast give a float32 loss, where lightly and stable-pretraining may give one in
+half precision, and a second derivative is an error.
 """
 
 from __future__ import annotations
