@@ -19,6 +19,29 @@
 
 namespace barlow {
 
+// What E features' P, other and own are multiplied with.
+template <int E>
+BARLOW_DEVICE void direct_weights(const InputGrad& p, int view, int column, Combination<E>& w) {
+  const SumWeights weights = weights_of_sums(p);
+  const float two_by_n = 2.f / p.n;
+  float c[E], alpha[E], d[E];
+  load_stat(p.stats, stat_c, p.d, column, c);
+#pragma unroll
+  for (int e = 0; e < E; ++e) {
+    alpha[e] = two_by_n * weights.off;
+    d[e] = two_by_n * weights.on * (c[e] - 1.f);
+  }
+  w.set(p, view, column, alpha, d);
+  if (p.normalized) {
+    float kappa[E], rstd[E], product[E];
+    load_stat(p.stats, stat_kappa + view, p.d, column, kappa);
+    load_stat(p.stats, stat_rstd + view, p.d, column, rstd);
+    load_stat(p.stats, stat_product + view, p.d, column, product);
+#pragma unroll
+    for (int e = 0; e < E; ++e) w.weight_x[e] = -rstd[e] * kappa[e] * (alpha[e] * product[e] + d[e] * c[e]);
+  }
+}
+
 // A tile of P in shared memory becomes a tile of the gradient.
 template <class Product>
 BARLOW_DEVICE void finish_direct_grad(const InputGrad& p, const EpilogueMatrices& m, int view, const float* tile,
@@ -29,25 +52,8 @@ BARLOW_DEVICE void finish_direct_grad(const InputGrad& p, const EpilogueMatrices
   const int column = first_column + Rows::first_column();
   const int count = larger(0, smaller(E, p.d - column));
   if (count == 0) return;
-  const SumWeights weights = weights_of_sums(p);
-  const float two_by_n = 2.f / p.n;
-  float c[E], alpha[E], d[E];
-  load_stat(p.stats, stat_c, p.d, column, c);
-#pragma unroll
-  for (int e = 0; e < E; ++e) {
-    alpha[e] = two_by_n * weights.off;
-    d[e] = two_by_n * weights.on * (c[e] - 1.f);
-  }
   Combination<E> w;
-  w.set(p, view, column, alpha, d);
-  if (p.normalized) {
-    float kappa[E], rstd[E], product[E];
-    load_stat(p.stats, stat_kappa + view, p.d, column, kappa);
-    load_stat(p.stats, stat_rstd + view, p.d, column, rstd);
-    load_stat(p.stats, stat_product + view, p.d, column, product);
-#pragma unroll
-    for (int e = 0; e < E; ++e) w.weight_x[e] = -rstd[e] * kappa[e] * (alpha[e] * product[e] + d[e] * c[e]);
-  }
+  direct_weights(p, view, column, w);
   for (int r = Rows::first_row(); r < Product::M && first_row + r < p.n; r += Rows::lanes) {
     const int64_t row = first_row + r;
     float g[E], x[E];

@@ -28,24 +28,14 @@
 
 namespace barlow {
 
-// What a team knows of its slab of features while it walks over the row tiles.
-template <class Product>
-struct GramSlab {
-  using T = typename Product::T;
-  using Team = typename Product::Team;
-  using Rows = Tile<T, Product::M, Product::N, Team::threads>;
-  static constexpr int E = Rows::E;
-  static constexpr int scratch_bytes = Team::threads / 32 * Product::N * 4;
-
+// What E features' P, other and own are multiplied with.
+template <int E>
+struct GramWeights {
   Combination<E> w;
-  float known[E];    // rstd d c: of mean_n(own q)
-  float own_sum[E];  // of own q, this thread's rows
+  float known[E];  // rstd d c: of mean_n(own q)
   float kappa[E];
-  int column, count;  // this thread's features
 
-  BARLOW_DEVICE void begin(const InputGrad& p, int view, int slab_column) {
-    column = slab_column + Rows::first_column();
-    count = larger(0, smaller(E, p.d - column));
+  BARLOW_DEVICE void set(const InputGrad& p, int view, int column) {
     const SumWeights weights = weights_of_sums(p);
     const float two_by_n = 2.f / p.n;
     float c[E], alpha[E], d[E], square[E], rstd[E];
@@ -54,7 +44,7 @@ struct GramSlab {
     for (int e = 0; e < E; ++e) {
       alpha[e] = weights.off * two_by_n * (static_cast<float>(p.d) / p.n);
       d[e] = two_by_n * (weights.on * (c[e] - 1.f) - weights.off * c[e]);
-      own_sum[e] = known[e] = kappa[e] = 0.f;
+      known[e] = kappa[e] = 0.f;
     }
     w.set(p, view, column, alpha, d);
     if (p.normalized) {
@@ -68,11 +58,34 @@ struct GramSlab {
       }
     }
   }
+};
+
+// What a team knows of its slab of features while it walks over the row tiles.
+template <class Product>
+struct GramSlab {
+  using T = typename Product::T;
+  using Team = typename Product::Team;
+  using Rows = Tile<T, Product::M, Product::N, Team::threads>;
+  static constexpr int E = Rows::E;
+  static constexpr int scratch_bytes = Team::threads / 32 * Product::N * 4;
+
+  GramWeights<E> weights;
+  float own_sum[E];   // of own q, this thread's rows
+  int column, count;  // this thread's features
+
+  BARLOW_DEVICE void begin(const InputGrad& p, int view, int slab_column) {
+    column = slab_column + Rows::first_column();
+    count = larger(0, smaller(E, p.d - column));
+    weights.set(p, view, column);
+#pragma unroll
+    for (int e = 0; e < E; ++e) own_sum[e] = 0.f;
+  }
 
   // A row tile of P: adds up own q, and stores the gradient but for what is not known of the mean (STORE).
   template <bool SUM, bool STORE>
   BARLOW_DEVICE void rows(const InputGrad& p, const EpilogueMatrices& m, const float* tile, int first_row) {
     if (count == 0) return;
+    Combination<E>& w = weights.w;
     for (int r = Rows::first_row(); r < Product::M && first_row + r < p.n; r += Rows::lanes) {
       const int64_t row = first_row + r;
       float q[E], x[E];
@@ -97,18 +110,19 @@ struct GramSlab {
   BARLOW_DEVICE void finish_mean(const InputGrad& p, float* scratch) {
     sum_over_rows<Team, Rows::groups>(own_sum, scratch);
 #pragma unroll
-    for (int e = 0; e < E; ++e) own_sum[e] = -kappa[e] * (own_sum[e] / p.n - known[e]);
+    for (int e = 0; e < E; ++e) own_sum[e] = -weights.kappa[e] * (own_sum[e] / p.n - weights.known[e]);
   }
 
   // All rows are still in one tile: the mean goes into what is stored once.
   BARLOW_DEVICE void complete() {
 #pragma unroll
-    for (int e = 0; e < E; ++e) w.weight_x[e] += own_sum[e];
+    for (int e = 0; e < E; ++e) weights.w.weight_x[e] += own_sum[e];
   }
 
   // The second walk. Each thread reads what it has stored itself.
   BARLOW_DEVICE void add_own(const InputGrad& p, const EpilogueMatrices& m) {
     if (count == 0) return;
+    const Combination<E>& w = weights.w;
     for (int64_t row = Rows::first_row(); row < p.n; row += Rows::lanes) {
       float g[E], x[E];
       load_row_as<T>(m.grad, m.grad_vectors, row, column, count, g);
