@@ -5,37 +5,6 @@
 namespace barlow {
 namespace {
 
-template <class Product>
-struct GramKernel {
-  using T = typename Product::T;
-  struct Params {
-    Gram p;
-    Operand x[2];
-    int tiles, promote_every;
-  };
-  static constexpr const char* name = "gram";
-  static constexpr int threads = Product::threads;
-  static constexpr int blocks_per_sm = 1;
-  static constexpr int shared_bytes = Product::shared_bytes;
-  static constexpr int block = Product::M;
-
-  static BARLOW_DEVICE void run(const Params& params) {
-    const Gram& p = params.p;
-    const int tile = block_id() % params.tiles;  // tiles run fastest: blocks that run together read the same columns
-    const int view = block_id() / params.tiles % 2, part = block_id() / (2 * params.tiles);
-    int row, column;
-    lower_triangle_tile(tile, row, column);
-    row *= block;
-    column *= block;
-    const int slice = p.steps * Product::K;
-    typename Product::Accumulator acc;
-    Product::run(acc, params.x[view], params.x[view], row, column, part * slice, smaller((part + 1) * slice, p.d),
-                 params.promote_every);
-
-    finish_gram<Product>(p, params.tiles, tile, view, part, row, column, acc, shared_memory());
-  }
-};
-
 // Tiles by what is multiplied, for few and for many rows. The last two: split products, long sums.
 template <class T>
 struct Tiles {
