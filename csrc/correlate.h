@@ -44,13 +44,36 @@ BARLOW_DEVICE bool multiplies_raw(const Correlate& p, int row, int column, float
 
 // A block of features' sums of C0^2 over all columns (view 0) or rows (view 1), from those of each tile.
 template <class Team, int BLOCK>
-BARLOW_DEVICE void add_partial_sums(const Correlate& p, int view, int tiles, int first) {
+BARLOW_DEVICE void add_partial_sums(const Correlate& p, int view, const float* sums, int tiles, int first) {
   for (int i = thread(); i < BLOCK && first + i < p.d; i += Team::threads) {
-    const float* from = p.row_sums + static_cast<int64_t>(view) * tiles * p.d + first + i;
+    const float* from = sums + first + i;
     float sum = 0.f;
 #pragma unroll 8
     for (int t = 0; t < tiles; ++t) sum += load_from_l2(from + static_cast<int64_t>(t) * p.d);
     p.stats[static_cast<int64_t>(stat_product + view) * p.d + first + i] = sum;
+  }
+}
+
+// When a tile's sums stand in row_sums and `total` is its own: the last tile of a row, of a column and of all adds up
+// what the others left. Tiles are M x N; row_sums has the tiles_j sums over columns before the tiles_i sums over rows.
+template <class Team, int M, int N>
+BARLOW_DEVICE void complete_correlate(const Correlate& p, int tiles_i, int tiles_j, int tile_i, int tile_j,
+                                      double total, double* scratch) {
+  total = block_sum<Team>(total, scratch);
+  if (thread() == 0) p.off_sums[static_cast<int64_t>(tile_i) * tiles_j + tile_j] = total;
+  bool last[3];
+  arrive<Team, 3>({{p.counters + tile_i, tiles_j},
+                   {p.counters + tiles_i + tile_j, tiles_i},
+                   {p.counters + tiles_i + tiles_j, tiles_i * tiles_j}},
+                  last, reinterpret_cast<int*>(scratch));
+  if (p.row_sums != nullptr) {
+    if (last[0]) add_partial_sums<Team, M>(p, 0, p.row_sums, tiles_j, tile_i * M);
+    const float* over_rows = p.row_sums + static_cast<int64_t>(tiles_j) * p.d;
+    if (last[1]) add_partial_sums<Team, N>(p, 1, over_rows, tiles_i, tile_j * N);
+  }
+  if (last[2]) {
+    const double off_sum = sum_of<Team>(p.off_sums, static_cast<int64_t>(tiles_i) * tiles_j, scratch);
+    store_terms<Team>(off_sum, p.sums, p.slabs, p.lambd, p.scale, p.loss, p.on_diag, p.off_diag, scratch);
   }
 }
 
@@ -109,22 +132,8 @@ BARLOW_DEVICE void finish_correlate(const Correlate& p, int tiles, int tile_i, i
       }
     }
   }
-  double* const doubles = reinterpret_cast<double*>(scratch);
-  total = block_sum<Team>(total, doubles);
-  if (thread() == 0) p.off_sums[tile_i * tiles + tile_j] = total;
-
-  bool last[3];
-  arrive<Team, 3>(
-      {{p.counters + tile_i, tiles}, {p.counters + tiles + tile_j, tiles}, {p.counters + 2 * tiles, tiles * tiles}},
-      last, reinterpret_cast<int*>(doubles));
-  if (p.row_sums != nullptr) {
-    if (last[0]) add_partial_sums<Team, Product::M>(p, 0, tiles, tile_i * Product::M);
-    if (last[1]) add_partial_sums<Team, Product::N>(p, 1, tiles, tile_j * Product::N);
-  }
-  if (last[2]) {
-    const double off_sum = sum_of<Team>(p.off_sums, static_cast<int64_t>(tiles) * tiles, doubles);
-    store_terms<Team>(off_sum, p.sums, p.slabs, p.lambd, p.scale, p.loss, p.on_diag, p.off_diag, doubles);
-  }
+  complete_correlate<Team, Product::M, Product::N>(p, tiles, tiles, tile_i, tile_j, total,
+                                                   reinterpret_cast<double*>(scratch));
 }
 
 }  // namespace barlow
