@@ -18,6 +18,7 @@ from barlow_fused.backends.torch_backend import _matmul_t
 
 ROOT = Path(__file__).resolve().parent.parent
 MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
+COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}  # larger than the caches
 PACKAGES = ("torch", "triton", "lightly")
 
 
@@ -98,6 +99,21 @@ def matrix_product_rates(device: torch.device, dtype: torch.dtype, repeats: int 
             _synchronize(device)
             if repeat:
                 rates[name].append(2 * size**3 / (time.perf_counter() - start))
+    return rates
+
+
+def bandwidths(device: torch.device, repeats: int = 3) -> list[float]:
+    """Bytes per second that a large copy reads and writes."""
+    source = torch.ones(COPY_BYTES[device.type], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    rates = []
+    for repeat in range(repeats + 1):  # the first is a warm-up
+        _synchronize(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        _synchronize(device)
+        if repeat:
+            rates.append(2 * source.nbytes / (time.perf_counter() - start))
     return rates
 
 

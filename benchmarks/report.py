@@ -41,6 +41,7 @@ COLUMNS = (  # heading in two lines, width
     ("", "loss", 7),
     ("grad", "error", 7),
 )
+RATE_COLUMNS = (("TFLOP/s", 9), ("GB/s", 8), ("of floor", 9), ("of mm", 7))
 METHOD_WIDTH = WIDTH - sum(width + 1 for _, _, width in COLUMNS)
 GRID_COLUMNS = (
     ("N", 5),
@@ -73,8 +74,34 @@ def print_shape(console: Console, shape: ShapeResult, settings: Settings) -> Non
         style = STYLES.get(method.status, "")
         table.add_row(Text(method.name, style), Text(method.message or _numbers(method), style))
     console.print(table)
+    if shape.floor_s is not None:
+        _print_rates(console, shape)
     for line in _notes(shape):
         console.print(Text(line))
+
+
+def _print_rates(console: Console, shape: ShapeResult) -> None:
+    """What each method achieved, beside what this machine could."""
+    floor = f"{'rates':{METHOD_WIDTH}}" + "".join(heading.rjust(width) for heading, width in RATE_COLUMNS)
+    console.print(Text(f"\n{floor}\n{'─' * len(floor)}"))
+    for method in shape.methods:
+        if method.total is not None:
+            cells = (
+                _three(method.flops_per_s / 1e12),
+                _three(method.bytes_per_s / 1e9),
+                _percent(method.share_of_floor),
+                _percent(method.share_of_matrix_product),
+            )
+            text = "".join(cell.rjust(width) for cell, (_, width) in zip(cells, RATE_COLUMNS, strict=True))
+            console.print(Text(f"{method.name:{METHOD_WIDTH}}{text}"))
+    machine = f"copy {max(shape.bandwidths) / 1e9:.4g} GB/s, product {_gflops(shape.matrix_product_rate)} GFLOP/s"
+    console.print(
+        Text(
+            "On 6 N D min(N, D) FLOPs and 6 N D numbers moved, the least that any method needs. Floor:"
+            f" {_ms(shape.floor_s)} ms, the slower of both at this machine's rates in this run ({machine}). of mm: the"
+            " share of that product."
+        )
+    )
 
 
 def _numbers(method: MethodResult) -> str:
@@ -193,6 +220,10 @@ def _ratio(ratio: float | None) -> str:
 
 def _percent(fraction: float) -> str:
     return f"{fraction:.0%}" if fraction < 9.995 else ">10x"
+
+
+def _three(value: float) -> str:
+    return f"{value:.3g}" if value < 999.5 else f"{value:.0f}"
 
 
 def _gflops(rate: float) -> str:

@@ -47,6 +47,8 @@ class MethodResult:
     ratio: Summary | None = None  # the usual implementation's total time / this method's, of the rounds' own ratios
     flops_per_s: float | None = None  # 6 N D min(N, D) / median total time
     share_of_matrix_product: float | None = None
+    bytes_per_s: float | None = None  # 6 N D numbers / median total time
+    share_of_floor: float | None = None  # the shape's floor / median total time
 
     def failed(self, status: str, message: str) -> None:
         self.status, self.message = status, message
@@ -66,6 +68,8 @@ class ShapeResult:
     orders: list[list[str]]  # of the methods in each round
     matrix_product_rates: dict[str, list[float]]  # FLOP/s, before and after the rounds
     matrix_product_rate: float | None  # the best of them
+    bandwidths: list[float] = dataclasses.field(default_factory=list)  # bytes/s of a copy, before and after the rounds
+    floor_s: float | None = None  # max(bytes / best bandwidth, flops / matrix_product_rate)
 
     def method(self, name: str) -> MethodResult | None:
         return next((method for method in self.methods if method.name == name), None)
@@ -73,6 +77,10 @@ class ShapeResult:
     @property
     def flops(self) -> int:
         return 6 * self.n * self.d * min(self.n, self.d)
+
+    def bytes(self, itemsize: int) -> int:
+        """What any method moves: it reads both inputs twice and writes both gradients."""
+        return 6 * self.n * self.d * itemsize
 
 
 def run_shape(
@@ -114,13 +122,16 @@ def run_shape(
     del truth
     if turns:
         progress("timing")
-        before = machine.matrix_product_rates(device, dtype)
+        before, bandwidths = machine.matrix_product_rates(device, dtype), machine.bandwidths(device)
         rounds = timing.interleave(turns, settings.rounds, settings.seconds)
         after = machine.matrix_product_rates(device, dtype)
         shape.orders = rounds.orders
         shape.matrix_product_rates = {name: before[name] + after[name] for name in before}
         shape.matrix_product_rate = max(max(rates) for rates in shape.matrix_product_rates.values())
-        _summarize(shape, rounds)
+        shape.bandwidths = bandwidths + machine.bandwidths(device)
+        bytes_moved = shape.bytes(dtype.itemsize)
+        shape.floor_s = max(bytes_moved / max(shape.bandwidths), shape.flops / shape.matrix_product_rate)
+        _summarize(shape, rounds, bytes_moved)
     return shape
 
 
@@ -146,7 +157,7 @@ def _check(
     return loss_function
 
 
-def _summarize(shape: ShapeResult, rounds: timing.Rounds) -> None:
+def _summarize(shape: ShapeResult, rounds: timing.Rounds, bytes_moved: int) -> None:
     for method in shape.methods:
         if method.name in rounds.failures:
             message = rounds.failures[method.name]
@@ -159,6 +170,8 @@ def _summarize(shape: ShapeResult, rounds: timing.Rounds) -> None:
         method.total = timing.summarize(rounds.total_s(method.name))
         method.flops_per_s = shape.flops / method.total.median
         method.share_of_matrix_product = method.flops_per_s / shape.matrix_product_rate
+        method.bytes_per_s = bytes_moved / method.total.median
+        method.share_of_floor = shape.floor_s / method.total.median
     baseline = shape.method(BASELINE)
     for method in shape.methods:
         if method.total is not None and baseline is not None and baseline.total is not None:

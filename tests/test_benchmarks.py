@@ -12,6 +12,7 @@ import json
 import pytest
 import torch
 
+from barlow_fused import backends
 from benchmarks import accuracy, machine, memory, peers, report, run, timing
 from benchmarks.__main__ import main
 from benchmarks.peers import Peer
@@ -52,6 +53,7 @@ def allocating_loss(z_a, z_b):
 def quick(monkeypatch):
     """One pass a turn, small matrix products, and one thread, so that a busy machine does not make these tests slow."""
     monkeypatch.setitem(machine.MATRIX_SIZE, "cpu", 64)
+    monkeypatch.setitem(machine.COPY_BYTES, "cpu", 2**16)
     monkeypatch.setattr(timing, "TURN_SECONDS", 0.0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -160,6 +162,30 @@ def test_fused_stands_for_all_of_its_routes():
     assert [peer.name for peer in peers.choose_peers(["fused-auto"], CPU)] == ["fused"]
 
 
+def test_triton_is_among_the_methods_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(backends, "why_unusable", lambda name, device, dtype=None: None if name == "triton" else "no")
+    names = [peer.name for peer in peers.choose_peers(["fused"], torch.device("cuda"))]
+    assert names == ["fused", "fused gram triton", "fused direct triton"]
+    (peer,) = peers.choose_peers(["fused-gram-triton"], torch.device("cuda"))
+    assert peer.build().keywords == {"lambd": peers.LAMBD, "route": "gram", "backend": "triton"}
+
+
+@pytest.mark.parametrize(("bandwidth", "product"), [(1e9, 1e15), (1e15, 1e9)])
+def test_rates_stand_beside_the_floor(bandwidth, product, plant, capsys, monkeypatch, tmp_path):
+    """The floor is the slower of memory and arithmetic, at rates that were measured in the same run."""
+    monkeypatch.setattr(machine, "bandwidths", lambda device: [bandwidth / 2, bandwidth])
+    monkeypatch.setattr(machine, "matrix_product_rates", lambda device, dtype: {"torch.mm": [product, product / 3]})
+    assert main([*FAST, "--dtype", "bfloat16", "--peers", "eager", "--json", str(tmp_path / "out.json")]) == 0
+    (shape,) = json.loads((tmp_path / "out.json").read_text())["shapes"]
+    assert shape["floor_s"] == max(6 * N * D * 2 / bandwidth, 6 * N * N * D / product)
+    total = shape["methods"][0]["total"]["median"]
+    text = capsys.readouterr().out
+    line = next(line for line in text.splitlines() if line.startswith("eager") and line.count("%") == 2).split()
+    assert float(line[1]) == pytest.approx(6 * N * N * D / total / 1e12, rel=0.01)
+    assert float(line[2]) == pytest.approx(6 * N * D * 2 / total / 1e9, rel=0.01)
+    assert line[3] == report._percent(shape["floor_s"] / total)
+
+
 # -- timing --
 
 
@@ -258,7 +284,8 @@ def test_a_table_per_shape_in_80_columns(capsys):
     for n in (8, 32):
         for d in (64, 128):
             assert f"N={n} D={d} float32 on cpu, 2 rounds" in text
-    assert text.count("fused direct torch") == 4
+    assert text.count("fused direct torch") == 8  # a line of times, and one of rates
+    assert text.count("TFLOP/s") == text.count("of floor") == 4
     assert text.count("GFLOP/s on 6 N D min(N, D)") == 4
 
 
@@ -276,6 +303,9 @@ def test_the_widest_table_has_80_columns(capsys):
     )
     broken = run.MethodResult("fused direct triton", "failed", "RuntimeError: " + "a long message " * 20)
     shape = run.ShapeResult(8192, 262144, "gram", 1.0, "direct", "triton", [method, broken], [], {}, None)
+    shape.bandwidths, shape.floor_s, shape.matrix_product_rate = [9.87654321e15], 98765.4, 9.87654321e18
+    method.flops_per_s, method.bytes_per_s = 9.87654321e18, 9.87654321e15
+    method.share_of_floor = method.share_of_matrix_product = 9.99
     settings = run.Settings(CPU, torch.bfloat16, None, 60.0, True)
     report.print_shape(report.make_console(), shape, settings)
     text = capsys.readouterr().out
@@ -305,6 +335,14 @@ def test_the_json_has_the_documented_fields(tmp_path, capsys):
     totals = [[f + b for f, b in zip(m["forward_s"], m["backward_s"], strict=True)] for m in (eager, fused)]
     assert fused["ratio"]["median"] == pytest.approx(sum(e / f for e, f in zip(*totals, strict=True)) / 2)
     assert fused["flops_per_s"] == pytest.approx(6 * N * D * N / fused["total"]["median"])
+    assert len(shape["bandwidths"]) == 6
+    floor = max(
+        6 * N * D * 4 / max(shape["bandwidths"]),
+        6 * N * D * min(N, D) / max(map(max, shape["matrix_product_rates"].values())),
+    )
+    assert shape["floor_s"] == pytest.approx(floor)
+    assert fused["bytes_per_s"] == pytest.approx(6 * N * D * 4 / fused["total"]["median"])
+    assert fused["share_of_floor"] == pytest.approx(floor / fused["total"]["median"])
     assert fused["share_of_matrix_product"] == pytest.approx(fused["flops_per_s"] / shape["matrix_product_rate"])
 
 
@@ -374,10 +412,14 @@ def test_a_grid_needs_both_methods(capsys):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_cuda(dtype, capsys, monkeypatch):
     monkeypatch.setitem(machine.MATRIX_SIZE, "cuda", 64)
+    monkeypatch.setitem(machine.COPY_BYTES, "cuda", 2**16)
     arguments = ["--device", "cuda", "--n", "32", "--d", "256", "--rounds", "2", "--dtype", dtype]
     assert main([*arguments, "--peers", "eager,fused"]) == 0
-    assert "fused gram torch" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    for backend in ("torch", "triton"):
+        if backends.why_unusable(backend, torch.device("cuda")) is None:
+            assert text.count(f"fused gram {backend}") == text.count(f"fused direct {backend}") == 2
