@@ -1,6 +1,7 @@
 // direct_grad on any GPU from sm_80: direct_grad.h with multiply.h's product.
 #include "direct_grad.h"
 #include "grouped.h"
+#include "hopper_kernels.h"
 
 namespace barlow {
 namespace {
@@ -69,6 +70,7 @@ void both_views(const InputGrad& p, Stream stream) {
 }  // namespace
 
 void direct_grad(const InputGrad& p, Stream stream) {
+  if (hopper_can_direct_grad(p, stream.device)) return hopper_direct_grad(p, stream);
   switch (p.hat[0].dtype) {
     case DType::bfloat16:
       return both_views<bfloat16, false>(p, stream);

@@ -26,6 +26,23 @@ BARLOW_DEVICE void mbarrier_arrive(uint64_t* barrier, int rank) {
       "r"(rank)
       : "memory");
 }
+// The same, and what this block's threads have written to shared memory is visible to who waits with
+// mbarrier_wait_cluster.
+BARLOW_DEVICE void mbarrier_arrive_cluster(uint64_t* barrier, int rank) {
+  asm volatile(
+      "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote]; }" ::"r"(shared_address(barrier)),
+      "r"(rank)
+      : "memory");
+}
+BARLOW_DEVICE void mbarrier_wait_cluster(uint64_t* barrier, int phase) {
+  asm volatile(
+      "{ .reg .pred done;\n"
+      "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again; }" ::"r"(shared_address(barrier)),
+      "r"(phase)
+      : "memory");
+}
 // Waits for the end of a phase; phases are counted modulo 2, and the one before the first is over.
 BARLOW_DEVICE void mbarrier_wait(uint64_t* barrier, int phase) {
   asm volatile(
@@ -61,6 +78,9 @@ BARLOW_DEVICE void copy_box_to_all(void* to, const TensorMap& map, int row, int 
       "h"(static_cast<uint16_t>((1 << BLOCKS) - 1)), "r"(column), "r"(row)
       : "memory");
 }
+
+// What this thread has read and written in shared memory comes before what the TMA does there later.
+BARLOW_DEVICE void async_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- Warpgroups -----------------------------------------------------------------------------------------------------
 

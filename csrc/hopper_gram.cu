@@ -22,7 +22,7 @@ struct GramJob {
     TensorMap a[2], b[2];  // of each view
     Gram p;
     int squares, tiles;  // of the lower triangle: what a cluster computes, and 128 x 128
-    int works, parts;
+    int works;
   };
   static constexpr const char* name = "gram";
   static constexpr int epilogue_bytes = 512;
@@ -40,16 +40,24 @@ struct GramJob {
     column *= CLUSTER;
   }
 
-  BARLOW_DEVICE HopperTile tile(int work, int) const {
-    int row, column, view, slice;
-    place(work, row, column, view, slice);
-    const int steps = smaller(params.p.steps, ceil_div(params.p.d, Product::K) - slice * params.p.steps);
-    return {&params.a[view], &params.b[view], row * 128, column * 128, slice * params.p.steps * Product::K, steps};
+  BARLOW_DEVICE int steps(int slice) const {
+    return smaller(params.p.steps, ceil_div(params.p.d, Product::K) - slice * params.p.steps);
   }
 
-  BARLOW_DEVICE void finish(int work, int, const typename Product::Accumulator& acc) const {
+  BARLOW_DEVICE void produce(typename Product::Place& ring, int work) const {
     int row, column, view, slice;
     place(work, row, column, view, slice);
+    if (lane() == 0) {
+      Product::load(ring, {&params.a[view], &params.b[view], row * 128, column * 128,
+                           slice * params.p.steps * Product::K, steps(slice)});
+    }
+  }
+
+  BARLOW_DEVICE void consume(typename Product::Place& ring, int work) const {
+    int row, column, view, slice;
+    place(work, row, column, view, slice);
+    typename Product::Accumulator acc;
+    Product::multiply(ring, acc, steps(slice));
 #pragma unroll
     for (int half = 0; half < CLUSTER; ++half) {
       if (column + half <= row && row * 128 < params.p.n) {
@@ -77,7 +85,6 @@ void launch_gram(const Gram& p, Stream stream) {
   params.tiles = rows * (rows + 1) / 2;
   params.squares = square_rows * (square_rows + 1) / 2;
   params.works = 2 * params.squares * p.split;
-  params.parts = 1;
   launch_clusters<Kernel>(params.works, Kernel::shared_bytes, stream, params, p.n, p.d);
 }
 

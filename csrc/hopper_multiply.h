@@ -93,7 +93,7 @@ struct HopperMultiply {
       uint64_t* const arrived = full(place.stage);
       mbarrier_wait(empty(place.stage), place.phase ^ 1);
       mbarrier_arrive_expect(arrived, stage_bytes);
-      char* const a = shared_memory() + place.stage * stage_bytes;
+      char* const a = stage(place);
       char* const b = a + a_bytes;
       if constexpr (A_K_MAJOR) {
         copy_box(a, *t.a, t.row, k, arrived);
@@ -129,6 +129,29 @@ struct HopperMultiply {
     place.advance();
   }
 
+  // What an epilogue reads comes through the same ring: a stage with 128 rows by 64 columns of x and of y. One thread.
+  static constexpr int x_box = 0, y_box = 128 * 128;  // where in the stage
+  static BARLOW_DEVICE void load_boxes(Place& place, const TensorMap& x, const TensorMap* y, int row, int column) {
+    uint64_t* const arrived = full(place.stage);
+    mbarrier_wait(empty(place.stage), place.phase ^ 1);
+    mbarrier_arrive_expect(arrived, y != nullptr ? 2 * y_box : y_box);
+    char* const to = stage(place);
+    copy_box(to + x_box, x, row, column, arrived);
+    if (y != nullptr) copy_box(to + y_box, *y, row, column, arrived);
+    place.advance();
+  }
+  // The consumers' side of it: the stage, when it has arrived; and that this warp is done with it.
+  static BARLOW_DEVICE char* wait(const Place& place) {
+    mbarrier_wait(full(place.stage), place.phase);
+    return stage(place);
+  }
+  static BARLOW_DEVICE void done(Place& place) {
+    async_fence();  // a warp may have written to it, and the next to write is the TMA
+    warp_barrier();
+    release(place.stage);
+    place.advance();
+  }
+
   // Tensor maps of the factors: of a, [m, k] k-major or [k, m] mn-major in memory, and of b alike.
   template <class What>
   static TensorMap a_map(const Matrix& x, int rows, int columns, const What& what) {
@@ -140,6 +163,7 @@ struct HopperMultiply {
   }
 
  private:
+  static BARLOW_DEVICE char* stage(const Place& place) { return shared_memory() + place.stage * stage_bytes; }
   static BARLOW_DEVICE uint64_t* full(int stage) {
     return reinterpret_cast<uint64_t*>(shared_memory() + STAGES * stage_bytes) + stage;
   }
@@ -163,9 +187,9 @@ struct HopperMultiply {
 
   // Starts the products of a stage when it has arrived.
   static BARLOW_DEVICE void start(const Place& place, Accumulator& acc, bool add) {
-    const uint32_t stage = shared_address(shared_memory()) + place.stage * stage_bytes;
-    const uint64_t a = wgmma_descriptor<A_K_MAJOR, box_bytes>(stage + warp() / 4 * 64 * 128);  // a warpgroup's 64 rows
-    const uint64_t b = wgmma_descriptor<B_K_MAJOR, box_bytes>(stage + a_bytes);
+    const uint32_t from = shared_address(stage(place));
+    const uint64_t a = wgmma_descriptor<A_K_MAJOR, box_bytes>(from + warp() / 4 * 64 * 128);  // a warpgroup's 64 rows
+    const uint64_t b = wgmma_descriptor<B_K_MAJOR, box_bytes>(from + a_bytes);
     mbarrier_wait(full(place.stage), place.phase);
     pin_registers(acc[0]);
     wgmma_fence();
@@ -201,15 +225,16 @@ struct ColumnsOf {
 // A kernel of such products. Job is what differs:
 //
 //     struct Job {
-//       using Product, Params;                                  // Params::works, Params::parts
-//       BARLOW_DEVICE Job(const Params&);                       // by every thread
-//       BARLOW_DEVICE HopperTile tile(int work, int part);      // by all threads of the producer warp and the consumers
-//       BARLOW_DEVICE void finish(int work, int part, const Accumulator&);  // by the consumers
-//       static constexpr int epilogue_bytes;                    // from Product::epilogue_memory() on
+//       using Product;
+//       struct Params { ...; int works; };
+//       BARLOW_DEVICE Job(const Params&);                 // by every thread
+//       BARLOW_DEVICE void produce(Place&, int work);     // by the producer warp; what it loads, lane 0 loads
+//       BARLOW_DEVICE void consume(Place&, int work);     // by the consumers
+//       static constexpr int epilogue_bytes;              // from Product::epilogue_memory() on
 //       static constexpr const char* name;
 //     };
 //
-// A cluster takes works in turn, and of each all parts.
+// A cluster takes works in turn. Both sides go through the same stages of the ring in the same order.
 template <class Job>
 struct HopperKernel {
   using Product = typename Job::Product;
@@ -220,30 +245,21 @@ struct HopperKernel {
   static_assert(shared_bytes <= 227 * 1024, "fits a multiprocessor");
 
   static BARLOW_DEVICE void run(const Params& params) {
+    Job job(params);
     Product::begin();
     const int first = block_id() / cluster, step = grid_size() / cluster;
     typename Product::Place place;
-    Job job(params);
     if (thread() >= Consumers::threads) {
       fewer_registers<40>();
       if (warp() == Consumers::threads / 32) {
         for (int work = first; work < params.works; work += step) {
-          for (int part = 0; part < params.parts; ++part) {
-            const HopperTile tile = job.tile(work, part);
-            if (lane() == 0) Product::load(place, tile);
-            warp_barrier();
-          }
+          job.produce(place, work);
+          warp_barrier();
         }
       }
     } else {
       more_registers<232>();
-      for (int work = first; work < params.works; work += step) {
-        for (int part = 0; part < params.parts; ++part) {
-          typename Product::Accumulator acc;
-          Product::multiply(place, acc, job.tile(work, part).steps);
-          job.finish(work, part, acc);
-        }
-      }
+      for (int work = first; work < params.works; work += step) job.consume(place, work);
     }
     Product::end();
   }

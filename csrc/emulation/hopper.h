@@ -112,6 +112,9 @@ inline void mbarrier_wait(uint64_t* barrier, int phase) {
   });
 }
 
+inline void mbarrier_arrive_cluster(uint64_t* barrier, int rank) { mbarrier_arrive(barrier, rank); }
+inline void mbarrier_wait_cluster(uint64_t* barrier, int phase) { mbarrier_wait(barrier, phase); }
+
 // ---- The tensor memory accelerator ----------------------------------------------------------------------------------
 
 struct alignas(64) TensorMap {
@@ -158,6 +161,8 @@ void copy_box_to_all(void* to, const TensorMap& map, int row, int column, uint64
     emulation::copy_box(rank, shared_address(to), map, row, column, shared_address(barrier));
   }
 }
+
+inline void async_fence() {}
 
 // ---- Warpgroups -----------------------------------------------------------------------------------------------------
 
