@@ -88,7 +88,7 @@ BARLOW_DEVICE void finish_correlate(const Correlate& p, int tiles, int tile_i, i
   constexpr int E = Rows::E;
   const int column = tile_j * Product::N + Rows::first_column();
   const int count = larger(0, smaller(E, p.d - column));
-  const bool vectors = p.c.data != nullptr && (p.c.row_stride * sizeof(T)) % 16 == 0;
+  const bool vectors = p.c.row_stride * sizeof(T) % 16 == 0;
   float mean[E], rstd[E];
   if (raw) {
     load_stat(p.stats, stat_mean + 1, p.d, column, mean);
@@ -114,7 +114,7 @@ BARLOW_DEVICE void finish_correlate(const Correlate& p, int tiles, int tile_i, i
         over_columns += c[e] * c[e];
         over_rows[e] += c[e] * c[e];
       }
-      if (p.c.data != nullptr && count > 0) store_row<T>(p.c, vectors, i, column, count, c);
+      if (p.c.data != nullptr && count > 0) store_row_as<T>(p.c, vectors, i, column, count, c);
     }
     total += over_columns;
     if (p.row_sums != nullptr) {

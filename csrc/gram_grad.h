@@ -42,7 +42,7 @@ struct GramWeights {
     load_stat(p.stats, stat_c, p.d, column, c);
 #pragma unroll
     for (int e = 0; e < E; ++e) {
-      alpha[e] = weights.off * two_by_n * (static_cast<float>(p.d) / p.n);
+      alpha[e] = weights.off * two_by_n * (static_cast<float>(p.k_divisor) / p.n);
       d[e] = two_by_n * (weights.on * (c[e] - 1.f) - weights.off * c[e]);
       known[e] = kappa[e] = 0.f;
     }

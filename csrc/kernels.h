@@ -71,11 +71,22 @@ struct Gram {
   Precision precision;
 };
 
+// One view's K = X_hat X_hat^T, summed over the features that one process of a distributed batch has.
+struct PartialGram {
+  Matrix x;         // [N, D]
+  float* partials;  // [split, size] out: each slice's sums, in panels of `panel` rows of K's lower triangle, one after
+                    // the other: rows [i panel, (i + 1) panel) and columns [0, (i + 1) panel), cut at N
+  int64_t size;     // of all panels
+  int n, d, panel;
+  int block, split, steps;  // of plan_partial_gram
+  Precision precision;
+};
+
 // C = A_hat^T B_hat / N, its sums, and the terms of the loss. Fills stats' last rows.
 struct Correlate {
   Matrix z_a, z_b;      // [N, D] raw inputs, multiplied where |mean| / deviation is small; or data = nullptr
   Matrix a_hat, b_hat;  // [N, D]
-  Matrix c;             // [D, D] out: C with its diagonal 0; data = nullptr without gradient
+  Matrix c;             // [D, D] out: C with its diagonal 0, in their dtype or float32; data = nullptr without gradient
   float* stats;         // [stats_rows, D]
   float* row_sums;      // [2, tiles, D] workspace; nullptr without gradient or normalization
   int* counters;        // [2 tiles + 1], zero before and after
@@ -98,6 +109,7 @@ struct InputGrad {
   const float* stats;
   const float *g_loss, *g_on, *g_off;  // [] gradients of the terms; nullptr is zero
   int n, d;
+  int k_divisor;  // Gram: what K was divided by: D, or of a part of a distributed batch the D of all parts
   float lambd, scale;
   bool normalized;
   bool raw;  // own is z, standardised again in the epilogue
@@ -122,10 +134,12 @@ struct CorrelatePlan {
 
 NormalizePlan plan_normalize(int n, int d, DType dtype, int device);
 GramPlan plan_gram(int n, int d, DType dtype, Precision precision, int device);
+GramPlan plan_partial_gram(int n, int d, DType dtype, int device);  // without partials: the caller knows `size`
 CorrelatePlan plan_correlate(int n, int d, DType dtype, Precision precision, int device);
 
 void normalize(const Normalize&, Stream);
 void gram(const Gram&, Stream);
+void partial_gram(const PartialGram&, Stream);
 void correlate(const Correlate&, Stream);
 void gram_grad(const InputGrad&, Stream);
 void direct_grad(const InputGrad&, Stream);

@@ -73,13 +73,15 @@ BARLOW_DEVICE void store_row(const Matrix& m, bool vectors, int64_t row, int col
   }
 }
 
-// store_row of whatever the matrix holds: T, or, where float32 was multiplied for small inputs in half precision,
-// those.
+// store_row and load_row of whatever the matrix holds. That may differ from T: gradients of small half-precision inputs,
+// which are multiplied in float32, and parts of a distributed batch, whose sums go on in float32.
 template <class T, int E>
 BARLOW_DEVICE void store_row_as(const Matrix& m, bool vectors, int64_t row, int column, int count,
                                 const float (&x)[E]) {
-  if (sizeof(T) == 2 || m.dtype == DType::float32) {
+  if (m.dtype == TypeOf<T>::dtype) {
     store_row<T>(m, vectors, row, column, count, x);
+  } else if (m.dtype == DType::float32) {
+    store_row<float>(m, false, row, column, count, x);
   } else if (m.dtype == DType::bfloat16) {
     store_row<bfloat16>(m, false, row, column, count, x);
   } else {
@@ -87,11 +89,12 @@ BARLOW_DEVICE void store_row_as(const Matrix& m, bool vectors, int64_t row, int 
   }
 }
 
-// load_row of what store_row_as has stored.
 template <class T, int E>
 BARLOW_DEVICE void load_row_as(const Matrix& m, bool vectors, int64_t row, int column, int count, float (&x)[E]) {
-  if (sizeof(T) == 2 || m.dtype == DType::float32) {
+  if (m.dtype == TypeOf<T>::dtype) {
     load_row<T>(m, vectors, row, column, count, x);
+  } else if (m.dtype == DType::float32) {
+    load_row<float>(m, false, row, column, count, x);
   } else if (m.dtype == DType::bfloat16) {
     load_row<bfloat16>(m, false, row, column, count, x);
   } else {
