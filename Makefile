@@ -8,6 +8,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
+EXTENSION := $(VENV)/.extension
 
 # Idle OpenMP threads sleep instead of spinning: beside another busy program, spinning costs several times the speed.
 train test: export OMP_WAIT_POLICY ?= PASSIVE
@@ -17,21 +18,23 @@ train test: export OMP_WAIT_POLICY ?= PASSIVE
 train: $(READY)
 	$(RUN) -m barlow_fused train $(ARGS)
 
-test: $(READY)
+test: $(EXTENSION)
 	$(RUN) -m pytest $(ARGS)
 
-bench: $(READY)
+bench: $(EXTENSION)
 	$(RUN) -m benchmarks $(ARGS)
 
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	git ls-files 'csrc/*' | xargs --no-run-if-empty $(VENV)/bin/clang-format --dry-run --Werror
+	$(VENV)/bin/gersemi --check CMakeLists.txt
 
 format: $(READY)
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 	git ls-files 'csrc/*' | xargs --no-run-if-empty $(VENV)/bin/clang-format -i
+	$(VENV)/bin/gersemi --in-place CMakeLists.txt
 
 # The environment is rebuilt when what it is made from changes; an interrupted set-up starts over.
 $(READY): pyproject.toml Makefile
@@ -39,9 +42,14 @@ $(READY): pyproject.toml Makefile
 		{ echo "Python 3.10 or newer is needed, $(PYTHON) is older: make $(MAKECMDGOALS) PYTHON=/path/to/python3"; exit 1; }
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 		echo "Python's venv module does not work here; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
-	$(RUN) -m pip install --disable-pip-version-check -e '.[test,dev]'
+	BARLOW_FUSED_CUDA=0 $(RUN) -m pip install --disable-pip-version-check -e '.[test,dev]'
 	@# These pin an old PyTorch or a large stack that their losses do not need: the files alone are enough to compare.
 	$(RUN) -m pip install --disable-pip-version-check --no-deps solo-learn==1.0.2 stable-pretraining==0.1.8
+	@touch $@
+
+# The CUDA extension, where there is an nvcc: what has not changed is not compiled again.
+$(EXTENSION): $(READY) setup.py CMakeLists.txt $(wildcard csrc/* csrc/emulation/*)
+	$(RUN) setup.py --quiet build_ext --inplace
 	@touch $@
 
 clean:

@@ -119,6 +119,8 @@ def torch_cost(p: Problem) -> Cost:
 def triton_cost(p: Problem) -> Cost:
     """The Triton backend keeps A_hat and B_hat, and K or C, in the dtype that it multiplies (triton_backend.py).
 
+    So does the CUDA backend, whose tiles differ a little: what it costs is taken to be the same.
+
     Passes over N x D numbers (of one view 1, of both 2): normalize reads 2, or 4 in its two phases, and writes 2; gram
     and correlate read 2; input_grad writes 2 and reads what it standardises, and in half precision also the rounded
     operands (Gram 4 and 2, direct 4 and 2); where the Gram route walks over its rows twice, 6 more.
@@ -187,7 +189,8 @@ def usual_cost(p: Problem) -> Cost:
     return _cost(p, 6 * n * d * d, bytes_moved, peak, p.dtype, **_all_reduce_of_c(p, size))
 
 
-COSTS = {"torch": torch_cost, "triton": triton_cost, "reference": reference_cost}  # of each backend
+# Of each backend
+COSTS = {"torch": torch_cost, "triton": triton_cost, "cuda": triton_cost, "reference": reference_cost}
 
 
 def _slab_bytes(length: int, other: int, size: int) -> int:

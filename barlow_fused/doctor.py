@@ -10,11 +10,10 @@ import shutil
 import subprocess
 import textwrap
 import warnings
-from pathlib import Path
 
 import torch
 
-from . import backends
+from . import backends, nvcc
 from .devices import cpu_model
 from .plan import choose_backend, choose_route, configured
 from .version import __version__
@@ -52,7 +51,8 @@ def report() -> dict:
         "cuda": {
             "runtime": torch.version.cuda,  # that PyTorch was built for
             "driver": _driver_version(),
-            "nvcc": _nvcc(),
+            "nvcc": nvcc.find(),  # CUDACXX, CUDA_HOME, PATH, then the nvidia-cuda-nvcc wheel
+            "extension": _extension(),
             "warning": str(caught[0].message) if caught else None,
         },
         "gpus": gpus,
@@ -83,6 +83,7 @@ def format_report(found: dict) -> str:
         _line("runtime", cuda["runtime"] or "none: this PyTorch is built without CUDA"),
         _line("driver", cuda["driver"] or "not found"),
         _line("nvcc", cuda["nvcc"] or "not found"),
+        _line("extension", cuda["extension"]),
         *([_line("warning", cuda["warning"])] if cuda["warning"] else []),
     ]
     for gpu in found["gpus"]:
@@ -155,13 +156,8 @@ def _driver_version() -> str | None:
     return done.stdout.strip() or None if done.returncode == 0 else None
 
 
-def _nvcc() -> str | None:
-    """The CUDA compiler, where the build looks for it: CUDACXX, CUDA_HOME, PATH, then the nvidia-cuda-nvcc wheel."""
-    candidates = [os.environ.get("CUDACXX")]
-    if "CUDA_HOME" in os.environ:
-        candidates.append(os.path.join(os.environ["CUDA_HOME"], "bin", "nvcc"))
-    candidates.append("nvcc")
-    wheels = importlib.util.find_spec("nvidia")
-    for folder in wheels.submodule_search_locations or () if wheels else ():
-        candidates += sorted(map(str, Path(folder).glob("*/bin/nvcc")))
-    return next((path for path in map(shutil.which, filter(None, candidates)) if path), None)
+def _extension() -> str:
+    """What the CUDA kernels are compiled for, or why there are none."""
+    cuda = backends.load("cuda")
+    reason = cuda.why_no_extension()
+    return reason or f"built with CUDA {cuda.extension().cuda_version} for {cuda.extension().architectures}"

@@ -134,7 +134,7 @@ def _unflatten(
 
 
 def _resolve(spec: Spec, z: Tensor) -> Spec:
-    return spec._replace(backend=backends.resolve(spec.backend, z.device, z.dtype))
+    return spec._replace(backend=backends.resolve(spec.backend, z.device, z.dtype, shape=z.shape))
 
 
 _SPEC_SCHEMA = "str backend, str route, float lambd, float scale, int correction, float eps, str eps_added_to"

@@ -12,7 +12,7 @@ import types
 import pytest
 import torch
 
-from barlow_fused import __version__, configure, doctor
+from barlow_fused import __version__, backends, configure, doctor, nvcc
 from barlow_fused.__main__ import main
 from barlow_fused.plan import plan
 
@@ -118,23 +118,37 @@ def test_doctor_shows_what_is_set_and_what_is_wrong_with_it(monkeypatch):
 def test_doctor_describes_a_machine_with_gpus():
     found = doctor.report()
     found["gpus"] = [{"index": 0, "name": "NVIDIA H200", "capability": "9.0", "memory_bytes": 141 * 2**30}]
-    found["cuda"] = {"runtime": "13.2", "driver": "590.1", "nvcc": None, "warning": None}
+    found["cuda"] = {"runtime": "13.2", "driver": "590.1", "nvcc": None, "extension": "not built", "warning": None}
     found["extras"] = {"torchvision": "0.29", "monai": None}
     text = " ".join(doctor.format_report(found).split())
-    assert "driver 590.1 nvcc not found GPU 0 NVIDIA H200, capability 9.0, 141 GiB" in text
+    assert "driver 590.1 nvcc not found extension not built GPU 0 NVIDIA H200, capability 9.0, 141 GiB" in text
     assert "torchvision 0.29 monai not installed" in text
 
 
-def test_doctor_finds_the_compiler_where_the_build_looks(tmp_path, monkeypatch):
-    nvcc = tmp_path / "bin" / "nvcc"
-    nvcc.parent.mkdir()
-    nvcc.write_text("#!/bin/sh\n")
-    nvcc.chmod(0o755)
+def test_doctor_says_what_the_extension_is_built_for(monkeypatch):
+    cuda = backends.load("cuda")
+    built = types.SimpleNamespace(cuda_version="13.0.88", architectures="sm_80 sm_90a", emulated=False)
+    try:
+        cuda.use(built)
+        assert doctor.report()["cuda"]["extension"] == "built with CUDA 13.0.88 for sm_80 sm_90a"
+        monkeypatch.setitem(sys.modules, "barlow_fused._cuda", None)  # as if it were not there
+        cuda.use(None)
+        assert "BARLOW_FUSED_CUDA=1" in doctor.report()["cuda"]["extension"]
+    finally:
+        monkeypatch.undo()
+        cuda.use(None)
+
+
+def test_the_compiler_is_found_where_the_build_looks(tmp_path, monkeypatch):
+    compiler = tmp_path / "bin" / "nvcc"
+    compiler.parent.mkdir()
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
     monkeypatch.delenv("CUDACXX", raising=False)
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    assert doctor._nvcc() == str(nvcc)
+    assert nvcc.find() == str(compiler)
     monkeypatch.setenv("CUDACXX", sys.executable)
-    assert doctor._nvcc() == sys.executable
+    assert nvcc.find() == sys.executable
 
 
 def test_train_gets_the_rest_of_the_arguments(monkeypatch):

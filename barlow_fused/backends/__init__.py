@@ -65,12 +65,12 @@ def why_unusable(
     """One sentence on why backend ``name`` cannot run on ``device``, with inputs of ``dtype``; None when it can."""
     if name in ("torch", "reference"):
         return None
-    if name == "triton":
-        if dtype == torch.float64:
-            return "backend='triton' cannot take torch.float64: it takes float32, bfloat16 and float16"
-        reason = _why_no_triton(device) if capability is None else _why_too_old(capability)
+    if dtype == torch.float64:
+        return f"backend={name!r} cannot take torch.float64: it takes float32, bfloat16 and float16"
+    if capability is not None:
+        reason = _why_too_old(capability)
     else:
-        reason = f"this version of barlow_fused has no {name} kernels yet"
+        reason = _why_no_triton(device) if name == "triton" else load("cuda").why_not_here(device)
     return reason and f"backend={name!r} cannot run on {device}: {reason}"
 
 
@@ -80,6 +80,11 @@ def _why_no_triton(device: torch.device) -> str | None:
         return "the package triton is not installed"
     if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y"):
         return None  # Triton's interpreter runs anywhere, slowly
+    return why_no_gpu(device)
+
+
+def why_no_gpu(device: torch.device) -> str | None:
+    """Why ``device`` is not a GPU that kernels of this package can run on."""
     if device.type != "cuda":
         return f"it needs a CUDA GPU; tensors are on {device.type}"
     if torch.version.cuda is None or not torch.cuda.is_available():
@@ -93,18 +98,43 @@ def _why_too_old(capability: tuple[int, int]) -> str | None:
     return None
 
 
-def fastest(device: torch.device, dtype: torch.dtype | None = None) -> str:
-    """The backend that ``"auto"`` takes on ``device``, with inputs of ``dtype``.
+class Measured(NamedTuple):
+    """A row of ``FASTEST``: with at least ``n`` samples and ``d`` features, these backends, the fastest first."""
 
-    It is PyTorch's everywhere. The Triton kernels have not run on a GPU yet: they are for those who ask by name.
-    """
-    return "torch"
+    n: int
+    d: int
+    backends: tuple[str, ...]
+
+
+# What "auto" takes on a GPU, by compute capability and dtype: the last of the rows that the input reaches, and of its
+# backends the first that can run there; PyTorch's where there is none. A row comes from a file of benchmarks/results,
+# which it names. Nothing has been measured on a GPU yet.
+FASTEST: dict[tuple[tuple[int, int], torch.dtype], tuple[Measured, ...]] = {}
+
+
+def fastest(
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    capability: tuple[int, int] | None = None,
+    shape: tuple[int, int] | None = None,  # (N, D)
+) -> str:
+    """The backend that ``"auto"`` takes on ``device``, with inputs of ``dtype`` and ``shape``."""
+    if device.type != "cuda" or not FASTEST or shape is None:
+        return "torch"
+    rows = FASTEST.get((capability or torch.cuda.get_device_capability(device), dtype), ())
+    reached = [row.backends for row in rows if shape[0] >= row.n and shape[1] >= row.d]
+    usable = (name for name in (reached[-1] if reached else ()) if not why_unusable(name, device, dtype, capability))
+    return next(usable, "torch")
 
 
 def resolve(
-    name: str, device: torch.device, dtype: torch.dtype | None = None, capability: tuple[int, int] | None = None
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    capability: tuple[int, int] | None = None,
+    shape: tuple[int, int] | None = None,
 ) -> str:
-    """The backend meant by ``name``, which may be ``"auto"``, for inputs of ``dtype`` on ``device``.
+    """The backend meant by ``name``, which may be ``"auto"``, for inputs of ``dtype`` and ``shape`` on ``device``.
 
     ``capability`` is that of a GPU that need not be on this machine.
 
@@ -112,7 +142,7 @@ def resolve(
         RuntimeError: it cannot run there.
     """
     if name == "auto":
-        return fastest(device, dtype)
+        return fastest(device, dtype, capability, shape)
     reason = why_unusable(name, device, dtype, capability)
     if reason is not None:
         raise RuntimeError(reason)

@@ -1,0 +1,151 @@
+// What Python calls: the functions of kernels.h, with the fields of their structs as keyword arguments. A matrix is a
+// tuple (data pointer, row stride, column stride, dtype) or None, another array its pointer as an int, 0 being none, and
+// a precision is whether one TF32 product will do. Nothing here knows PyTorch.
+//
+// The functions return as soon as their kernels are launched. They keep Python's lock: letting go of it and taking it
+// again would cost as much as a launch.
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace py = pybind11;
+using namespace barlow;
+
+namespace {
+
+// The keyword arguments of a call, copied by name into the fields of a struct.
+class Arguments {
+ public:
+  explicit Arguments(const py::kwargs& given) : given_(given) {}
+
+  template <class T>
+  Arguments& operator()(const char* name, T& field) {
+    PyObject* value = PyDict_GetItemString(given_.ptr(), name);  // borrowed
+    if (value == nullptr) throw py::type_error("missing argument " + std::string(name));
+    read(value, field);
+    if (PyErr_Occurred()) throw py::error_already_set();
+    ++used_;
+    return *this;
+  }
+
+  void no_more() const {
+    if (used_ != given_.size()) throw py::type_error("more arguments than are known");
+  }
+
+ private:
+  static void read(PyObject* value, int& field) {
+    const long number = PyLong_AsLong(value);
+    field = static_cast<int>(number);
+    if (field != number) throw py::value_error(std::to_string(number) + " is not a 32-bit integer");
+  }
+  static void read(PyObject* value, float& field) { field = static_cast<float>(PyFloat_AsDouble(value)); }
+  static void read(PyObject* value, bool& field) { field = PyObject_IsTrue(value); }
+  static void read(PyObject* value, Precision& field) {
+    field = PyObject_IsTrue(value) ? Precision::tf32 : Precision::float32;
+  }
+  template <class T>
+  static void read(PyObject* value, T*& field) {
+    field = static_cast<T*>(PyLong_AsVoidPtr(value));
+  }
+  static void read(PyObject* value, Matrix& field) {
+    if (value == Py_None) return;
+    if (!PyTuple_Check(value) || PyTuple_GET_SIZE(value) != 4) throw py::type_error("a matrix is a tuple of four");
+    read(PyTuple_GET_ITEM(value, 0), field.data);
+    field.row_stride = PyLong_AsLongLong(PyTuple_GET_ITEM(value, 1));
+    field.column_stride = PyLong_AsLongLong(PyTuple_GET_ITEM(value, 2));
+    const long dtype = PyLong_AsLong(PyTuple_GET_ITEM(value, 3));
+    if (dtype < 0 || dtype > static_cast<long>(DType::float16)) throw py::value_error("no such dtype");
+    field.dtype = static_cast<DType>(dtype);
+  }
+
+  const py::kwargs& given_;
+  size_t used_ = 0;
+};
+
+void fill(Normalize& p, Arguments& take) {
+  take("z_a", p.z_a)("z_b", p.z_b)("a_hat", p.a_hat)("b_hat", p.b_hat)("stats", p.stats)("sums", p.sums);
+  take("counters", p.counters)("partials", p.partials)("counter_count", p.counter_count);
+  take("slabs", p.slabs)("chunks", p.chunks)("n", p.n)("d", p.d)("eps", p.eps)("correction", p.correction);
+  take("normalized", p.normalized)("eps_in_root", p.eps_in_root);
+}
+
+void fill(Gram& p, Arguments& take) {
+  take("a_hat", p.a_hat)("b_hat", p.b_hat)("k", p.k)("partials", p.partials)("inner", p.inner)("sums", p.sums);
+  take("counters", p.counters)("loss", p.loss)("on_diag", p.on_diag)("off_diag", p.off_diag);
+  take("n", p.n)("d", p.d)("slabs", p.slabs)("block", p.block)("split", p.split)("steps", p.steps);
+  take("lambd", p.lambd)("scale", p.scale)("shift", p.shift)("tf32", p.precision);
+}
+
+void fill(Correlate& p, Arguments& take) {
+  take("z_a", p.z_a)("z_b", p.z_b)("a_hat", p.a_hat)("b_hat", p.b_hat)("c", p.c)("stats", p.stats);
+  take("row_sums", p.row_sums)("counters", p.counters)("off_sums", p.off_sums)("sums", p.sums);
+  take("loss", p.loss)("on_diag", p.on_diag)("off_diag", p.off_diag);
+  take("n", p.n)("d", p.d)("slabs", p.slabs)("block", p.block);
+  take("lambd", p.lambd)("scale", p.scale)("raw_limit", p.raw_limit)("tf32", p.precision);
+}
+
+void fill(InputGrad& p, Arguments& take) {
+  take("own_a", p.own[0])("own_b", p.own[1])("a_hat", p.hat[0])("b_hat", p.hat[1])("product", p.product);
+  take("grad_a", p.grad[0])("grad_b", p.grad[1])("stats", p.stats);
+  take("g_loss", p.g_loss)("g_on", p.g_on)("g_off", p.g_off)("n", p.n)("d", p.d);
+  take("lambd", p.lambd)("scale", p.scale)("normalized", p.normalized)("raw", p.raw)("tf32", p.precision);
+}
+
+template <class Params>
+void bind(py::module_& module, const char* name, void (*launch)(const Params&, Stream)) {
+  module.def(name, [launch](const py::kwargs& given) {
+    Params p{};
+    Stream stream;
+    Arguments take(given);
+    fill(p, take);
+    take("device", stream.device)("stream", stream.handle);
+    take.no_more();
+    launch(p, stream);
+  });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(BARLOW_MODULE, module) {
+  module.doc() = "The CUDA kernels of barlow_fused; barlow_fused/backends/cuda_backend.py calls them.";
+#ifdef BARLOW_EMULATION
+  module.attr("emulated") = true;
+#else
+  module.attr("emulated") = false;
+  module.attr("cuda_version") = BARLOW_CUDA_VERSION;    // of nvcc and of the runtime library inside, "13.0.88"
+  module.attr("architectures") = BARLOW_ARCHITECTURES;  // "sm_80 sm_90a sm_100 compute_100"
+#endif
+
+  py::class_<NormalizePlan>(module, "NormalizePlan")
+      .def_readonly("slabs", &NormalizePlan::slabs)
+      .def_readonly("chunks", &NormalizePlan::chunks);
+  py::class_<GramPlan>(module, "GramPlan")
+      .def_readonly("block", &GramPlan::block)
+      .def_readonly("tiles", &GramPlan::tiles)
+      .def_readonly("split", &GramPlan::split)
+      .def_readonly("steps", &GramPlan::steps)
+      .def_readonly("partials", &GramPlan::partials);
+  py::class_<CorrelatePlan>(module, "CorrelatePlan")
+      .def_readonly("block", &CorrelatePlan::block)
+      .def_readonly("tiles", &CorrelatePlan::tiles);
+  module.def("plan_normalize", [](int n, int d, int dtype, int device) {
+    return plan_normalize(n, d, static_cast<DType>(dtype), device);
+  });
+  module.def("plan_gram", [](int n, int d, int dtype, bool tf32, int device) {
+    return plan_gram(n, d, static_cast<DType>(dtype), tf32 ? Precision::tf32 : Precision::float32, device);
+  });
+  module.def("plan_correlate", [](int n, int d, int dtype, bool tf32, int device) {
+    return plan_correlate(n, d, static_cast<DType>(dtype), tf32 ? Precision::tf32 : Precision::float32, device);
+  });
+
+  bind(module, "normalize", normalize);
+  bind(module, "gram", gram);
+  bind(module, "correlate", correlate);
+  bind(module, "gram_grad", gram_grad);
+  bind(module, "direct_grad", direct_grad);
+}
