@@ -40,7 +40,7 @@ struct Combination {
 
   // Everything but weight_x, from what multiplies P and other in rstd * (p P + d other).
   BARLOW_DEVICE void set(const InputGrad& p, int view, int column, const float (&p_weight)[E], const float (&d)[E]) {
-    float rstd[E], mean[E], rstd_y[E], mean_y[E];
+    float rstd[E] = {}, mean[E] = {}, rstd_y[E] = {}, mean_y[E] = {};
     if (p.normalized) {
       load_stat(p.stats, stat_rstd + view, p.d, column, rstd);
       load_stat(p.stats, stat_mean + view, p.d, column, mean);
