@@ -40,6 +40,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--world-size", type=int, default=1, help="ranks that share the batch (default: 1)")
     plan.add_argument("--route", default="auto", help="auto (default), gram or direct")
     plan.add_argument("--backend", default="auto", help="auto (default), torch, triton, cuda or reference")
+    net = plan.add_argument_group("network", "with several ranks: an alpha-beta model (barlow_fused/network.py)")
+    net.add_argument("--latency", type=float, metavar="US", help="of a message, microseconds (default: 5)")
+    net.add_argument("--intra", type=float, metavar="GB/S", help="a rank's bandwidth within its node (default: 450)")
+    net.add_argument("--inter", type=float, metavar="GB/S", help="a rank's bandwidth to other nodes (default: 50)")
+    net.add_argument("--ranks-per-node", type=int, metavar="R", help="ranks that share a node (default: 8)")
     plan.add_argument("--json", action="store_true", help="print JSON; units are bytes, FLOPs and seconds")
     plan.set_defaults(run=_plan)
 
@@ -54,8 +59,11 @@ def _parser() -> argparse.ArgumentParser:
 def _plan(arguments: argparse.Namespace) -> int:
     import torch
 
+    from .network import Network
     from .plan import plan
 
+    units = {"latency": 1e-6, "intra": 1e9, "inter": 1e9, "ranks_per_node": 1}
+    given = {name: vars(arguments)[name] * unit for name, unit in units.items() if vars(arguments)[name] is not None}
     try:
         made = plan(
             arguments.n,
@@ -65,6 +73,7 @@ def _plan(arguments: argparse.Namespace) -> int:
             world_size=arguments.world_size,
             route=arguments.route,
             backend=arguments.backend,
+            network=Network(**given),
         )
     except (ValueError, RuntimeError) as error:
         print(f"barlow-fused plan: {error}", file=sys.stderr)

@@ -31,8 +31,14 @@ class Cost:
     bytes_moved: int  # from and to the device's memory
     peak_memory: int  # bytes, less those of the inputs and of both gradients
     floor: float  # seconds: max(bytes_moved / bandwidth, flops / matrix-product rate), without communication
-    all_to_all_bytes: int = 0  # sent by each rank
-    all_reduce_bytes: int = 0  # summed over the ranks
+    # With several ranks, from network.py:
+    all_to_all_bytes: int = 0  # that each rank hands to the collectives of this kind
+    all_reduce_bytes: int = 0
+    all_gather_bytes: int = 0
+    sent_bytes: int = 0  # by each rank, in all of them
+    network: float = 0.0  # seconds, one collective after the other
+    step: float = 0.0  # seconds: floor and network, as far as they do not overlap
+    collectives: tuple = ()  # network.Collective, in their order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,15 +111,11 @@ def torch_cost(p: Problem) -> Cost:
     # normalize has a slab and its square. The inputs' gradients, which are taken off, exist only in the backward pass.
     before_gradients = max(2 * of_columns, forward) - 2 * n * d * in_size
     peak = 20 * d * size + max(before_gradients, backward)  # 20: statistics and factors of each feature
-    communication = {}
-    if p.world_size > 1:
-        communication["all_reduce_bytes"] = product
     if p.world_size > 1 and p.route == "gram":  # the shards of two views, and of their gradients
-        communication["all_to_all_bytes"] = 4 * n * d * in_size
         peak += 4 * n * d * in_size
     # normalize reads 2 N D, gram or correlate 2 N D, input_grad reads 2 N D and writes 2 N D.
     bytes_moved = _traffic(n * d * in_size, 8, at_least=6) + _traffic(product, product_passes)
-    return _cost(p, p.flops, bytes_moved, peak, p.product_dtype, **communication)
+    return _cost(p, p.flops, bytes_moved, peak, p.product_dtype)
 
 
 def triton_cost(p: Problem) -> Cost:
@@ -165,7 +167,7 @@ def reference_cost(p: Problem) -> Cost:
     peak = max(4 * d * d + 2 * n * d, 6 * n * d) * size
     if converted:  # the inputs' copies, and gradients that are half as large
         peak += 2 * n * d * size + 2 * n * d * (size - p.dtype.itemsize)
-    return _cost(p, 6 * n * d * d, bytes_moved, peak, p.compute_dtype, **_all_reduce_of_c(p, size))
+    return _cost(p, 6 * n * d * d, bytes_moved, peak, p.compute_dtype)
 
 
 def usual_cost(p: Problem) -> Cost:
@@ -186,7 +188,7 @@ def usual_cost(p: Problem) -> Cost:
     n, d, size = p.n // p.world_size, p.d, p.dtype.itemsize
     bytes_moved = _traffic(d * d * size, 32) + _traffic(n * d * size, 16, at_least=6)
     peak = (max(4 * d * d + 2 * n * d, d * d + 4 * n * d) - 2 * n * d) * size
-    return _cost(p, 6 * n * d * d, bytes_moved, peak, p.dtype, **_all_reduce_of_c(p, size))
+    return _cost(p, 6 * n * d * d, bytes_moved, peak, p.dtype)
 
 
 # Of each backend
@@ -198,16 +200,10 @@ def _slab_bytes(length: int, other: int, size: int) -> int:
     return 2 * other * len(range(length)[next(torch_backend._slabs(length, other))]) * size
 
 
-def _cost(
-    p: Problem, flops: int, bytes_moved: int, peak_memory: int, product_dtype: torch.dtype, **communication: int
-) -> Cost:
-    return Cost(flops, bytes_moved, peak_memory, p.seconds(flops, bytes_moved, product_dtype), **communication)
+def _cost(p: Problem, flops: int, bytes_moved: int, peak_memory: int, product_dtype: torch.dtype) -> Cost:
+    return Cost(flops, bytes_moved, peak_memory, p.seconds(flops, bytes_moved, product_dtype))
 
 
 def _traffic(array_bytes: int, passes: int, at_least: int = 0) -> int:
     """Bytes that ``passes`` over an array move; of one that stays in the caches, the passes that nothing can avoid."""
     return array_bytes * (passes if array_bytes > CACHED_BYTES else at_least)
-
-
-def _all_reduce_of_c(p: Problem, size: int) -> dict[str, int]:
-    return {"all_reduce_bytes": p.d * p.d * size} if p.world_size > 1 else {}

@@ -8,6 +8,7 @@ in cost.py, the devices' rates in devices.py.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import textwrap
 from numbers import Integral
@@ -17,6 +18,7 @@ import torch
 from . import backends
 from .cost import COSTS, Cost, Problem, usual_cost
 from .devices import resolve_device
+from .network import Collective, Network, direct_collectives, gram_collectives, usual_collectives, with_network
 
 ROUTES = ("gram", "direct")
 TITLE = 14  # width of a plan's first column
@@ -99,11 +101,13 @@ class Plan:
         route, backend: those that the call takes.
         why: one sentence on why it takes this route.
         fused: what this package costs: ``flops``, ``bytes_moved``, ``peak_memory`` (bytes, less those of the inputs and
-            of both gradients), ``floor`` (seconds), and with several ranks ``all_to_all_bytes``, ``all_reduce_bytes``.
+            of both gradients), ``floor`` (seconds); and with several ranks ``all_to_all_bytes``, ``all_reduce_bytes``,
+            ``all_gather_bytes``, ``sent_bytes``, ``network`` and ``step`` (seconds), and the ``collectives`` by name.
         usual: the same for the usual implementation, the official code's recipe.
         lower_bound: seconds that any implementation of the route needs on this device: its FLOPs at the device's
             matrix-product rate, or 6 N D numbers moved (inputs read twice, gradients written).
         rates: bandwidth and matrix-product rate that the times are computed from, and where they come from.
+        network: what connects the ranks; None without several.
     """
 
     n: int
@@ -118,6 +122,7 @@ class Plan:
     usual: Cost
     lower_bound: float
     rates: str
+    network: Network | None = None
 
     def __str__(self) -> str:
         ranks = f" (all ranks), {self.world_size} ranks" if self.world_size > 1 else ""
@@ -137,7 +142,11 @@ class Plan:
             ("peak memory", "peak_memory", "B"),
             ("all-to-all", "all_to_all_bytes", "B"),
             ("all-reduce", "all_reduce_bytes", "B"),
+            ("all-gather", "all_gather_bytes", "B"),
+            ("sent", "sent_bytes", "B"),
             ("floor", "floor", "s"),
+            ("network", "network", "s"),
+            ("step", "step", "s"),
         ):
             fused, usual = getattr(self.fused, field), getattr(self.usual, field)
             if fused or usual:
@@ -150,8 +159,27 @@ class Plan:
                 "",
                 _wrap("peak memory", "beyond inputs and gradients"),
                 _wrap("floor", f"{floor}; {_quantity(self.lower_bound, 's')} for any implementation of this route"),
+                *(self._about_the_network() if self.network else ()),
             ]
         )
+
+    def _about_the_network(self) -> list[str]:
+        net = self.network
+        return [
+            _wrap("all-...", "bytes that a rank hands to these collectives; sent: to other ranks, in all of them"),
+            _wrap(
+                "network",
+                f"alpha {_quantity(net.latency, 's')}, {_quantity(net.intra, 'B')}/s in a node of "
+                f"{net.ranks_per_node} ranks, {_quantity(net.inter, 'B')}/s out of it; one collective after the other",
+            ),
+            _wrap("step", "floor and network, less what overlaps"),
+            "",
+            f"{'collective':25}{'barlow_fused':>13}    {'collective':25}{'usual':>13}",
+            *(
+                f"{_shown(ours):38}    {_shown(theirs)}".rstrip()
+                for ours, theirs in itertools.zip_longest(self.fused.collectives, self.usual.collectives)
+            ),
+        ]
 
     def to_dict(self) -> dict:
         """The same as plain numbers and strings, ready for JSON."""
@@ -166,6 +194,7 @@ def plan(
     world_size: int = 1,
     route: str = "auto",
     backend: str = "auto",
+    network: Network | None = None,
 ) -> Plan:
     """What :func:`barlow_twins_loss` would do with inputs of shape (n, d), and what it would cost.
 
@@ -179,6 +208,7 @@ def plan(
             ``"a100"``, ``"b200"`` to plan for hardware that is not here. Other devices are measured, once per process.
         world_size: how many ranks share the batch; the costs are then those of one rank.
         route, backend: as for :func:`barlow_twins_loss`.
+        network: with several ranks, what connects them (``barlow_fused.network.Network``, which has defaults).
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -196,6 +226,14 @@ def plan(
     backend = choose_backend(backend, target.torch_device, dtype, None if target.here else target.capability)
     chosen = choose_route(route, n, d, backend)
     problem = Problem(n, d, dtype, target, world_size, chosen)
+    fused, usual = COSTS[backend](problem), usual_cost(problem)
+    if world_size > 1:
+        network = network or Network()
+        gram = chosen == "gram"
+        fused = with_network(
+            fused, problem, gram_collectives(problem, backend) if gram else direct_collectives(problem), network
+        )
+        usual = with_network(usual, problem, usual_collectives(problem, dtype.itemsize), network)
     return Plan(
         n=n,
         d=d,
@@ -205,10 +243,11 @@ def plan(
         route=chosen,
         backend=backend,
         why=_why_route(route, n, d, backend),
-        fused=COSTS[backend](problem),
-        usual=usual_cost(problem),
+        fused=fused,
+        usual=usual,
         lower_bound=problem.lower_bound,
         rates=_rates(problem),
+        network=network if world_size > 1 else None,
     )
 
 
@@ -237,6 +276,14 @@ def _rates(problem: Problem) -> str:
         for dtype in dict.fromkeys((problem.product_dtype, problem.dtype))
     ]
     return f"{_quantity(device.bandwidth, 'B')}/s, {', '.join(products)} ({device.source(problem.dtype)})"
+
+
+def _shown(collective: Collective | None) -> str:
+    """A collective's line of the table."""
+    if collective is None:
+        return ""
+    title = f"{collective.what} ({collective.kind.replace('_', '-')})"
+    return f"{title:25}{_quantity(collective.size, 'B'):>13}"
 
 
 def _wrap(title: str, text: str) -> str:

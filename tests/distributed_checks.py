@@ -35,6 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 from barlow_fused import BarlowTwinsLoss, Normalization, barlow_twins_loss
 from barlow_fused.backends import torch_partial
 from barlow_fused.integrations import patch
+from barlow_fused.plan import plan
 from barlow_fused.reference import reference_loss, standardize
 
 TIMEOUT = datetime.timedelta(seconds=60)
@@ -256,6 +257,22 @@ def number_and_size_of_collectives() -> None:
                 moments = [("all_gather_into_tensor", torch.float64, 4 * d)] if statistics == "global" else []
                 assert forward == [header, *moments, ("all_reduce", torch.float32, d * d + d)], forward
                 assert backward == (weights if gradient == "lightly" else []), backward
+
+
+@check
+def collectives_are_those_that_plan_predicts() -> None:
+    ranks = dist.get_world_size()
+    if ranks == 1:
+        return
+    for n, d, dtype in ((320 * ranks, 64 * ranks, torch.float32), (20 * ranks, 60 * ranks, torch.bfloat16)):
+        for route in ("gram", "direct"):
+            made = plan(n, d, dtype, device="h200", world_size=ranks, route=route, backend="torch")
+            with recorded() as calls:
+                loss = barlow_twins_loss(*map(own, views(n, d, dtype)), route=route, group="world", gradient="official")
+                loss.backward()
+            names = {"all_gather_into_tensor": "all_gather", "all_to_all_single": "all_to_all"}
+            used = [(names.get(name, name), size * dtype_.itemsize) for name, dtype_, size in calls]
+            assert used == [(c.kind, c.size) for c in made.fused.collectives], (route, used)
 
 
 # The conventions, by the code that they are named after

@@ -14,6 +14,7 @@ import torch
 
 from barlow_fused import __version__, backends, configure, doctor, nvcc
 from barlow_fused.__main__ import main
+from barlow_fused.network import Network
 from barlow_fused.plan import plan
 
 
@@ -30,9 +31,11 @@ def test_plan_prints_the_plan(capsys):
 
 def test_every_flag_of_plan_reaches_it(capsys):
     flags = ["--dtype", "float16", "--device", "a100", "--world-size", "4", "--route", "direct", "--backend", "torch"]
+    flags += ["--latency", "2", "--intra", "300", "--inter", "25", "--ranks-per-node", "2"]
     assert main(["plan", "--n", "64", "--d", "256", *flags, "--json"]) == 0
-    expected = plan(64, 256, torch.float16, "a100", world_size=4, route="direct", backend="torch")
-    assert json.loads(capsys.readouterr().out) == expected.to_dict()
+    network = Network(2e-6, 300e9, 25e9, 2)
+    expected = plan(64, 256, torch.float16, "a100", world_size=4, route="direct", backend="torch", network=network)
+    assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(expected.to_dict()))
 
 
 @pytest.mark.parametrize(
@@ -41,6 +44,7 @@ def test_every_flag_of_plan_reaches_it(capsys):
         (["--n", "1"], "n must be at least 2, got 1"),
         (["--n", "64", "--world-size", "3"], "n must be divisible by world_size"),
         (["--n", "64", "--device", "h300"], "device must be 'cpu'"),
+        (["--n", "64", "--world-size", "2", "--inter", "0"], "inter must be above 0, got 0.0"),
         (["--n", "64", "--route", "dual"], "route must be one of"),
         (["--n", "64", "--backend", "cuda", "--device", "cpu"], "backend='cuda' cannot run on cpu"),
     ],

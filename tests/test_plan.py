@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from barlow_fused import backends, barlow_twins_loss, configure, cost, devices
 from barlow_fused.backends import torch_backend
+from barlow_fused.network import Network
 from barlow_fused.normalization import CONVENTIONS
 from barlow_fused.plan import Plan, choose_backend, choose_route, configured, plan
 from benchmarks.peers import usual_loss
@@ -283,18 +284,59 @@ def test_ranks_share_the_work_and_communicate():
     assert each.fused.flops * ranks == one.fused.flops
     assert each.usual.flops * ranks == one.usual.flops
     assert (one.fused.all_to_all_bytes, one.fused.all_reduce_bytes, one.usual.all_reduce_bytes) == (0, 0, 0)
+    assert (one.fused.step, one.network) == (0, None)
     assert each.fused.all_to_all_bytes == 4 * (n // ranks) * d * 4
-    assert each.fused.all_reduce_bytes == 2 * n**2 * 4
-    assert each.usual.all_reduce_bytes == d**2 * 4
+    triangles = n * (n + 128) * 4  # of K_a and K_b, in panels of 128 rows
+    assert each.fused.all_reduce_bytes == triangles + 4 * 8 + 3 * ranks * 8
+    assert each.usual.all_reduce_bytes == d**2 * 4 + 2 * 2 * d * 4
     assert each.fused.peak_memory < each.usual.peak_memory
     direct = plan(n, d, device="h100", world_size=ranks, route="direct")
-    assert (direct.fused.all_to_all_bytes, direct.fused.all_reduce_bytes) == (0, d**2 * 4)
+    assert (direct.fused.all_to_all_bytes, direct.fused.all_reduce_bytes) == (0, (d**2 + d) * 4)
     assert "predicted" in str(each)
     assert "predicted" not in str(one)
+    assert plan(64, 1000, torch.bfloat16, device="h100", world_size=32).fused.all_to_all_bytes == 4 * 2 * 1000 * 2
 
 
-def test_features_that_do_not_divide_among_ranks_are_padded():
-    assert plan(64, 1000, device="h100", world_size=32).fused.all_to_all_bytes == 4 * 2 * 1024 * 4
+# The network
+
+
+def test_the_alpha_beta_model():
+    net = Network(latency=1e-6, intra=100e9, inter=10e9, ranks_per_node=4)
+    # in one node
+    assert net.seconds("all_to_all", 4_000_000, 4) == pytest.approx(3e-6 + 30e-6)
+    assert net.seconds("all_reduce", 4_000_000, 4) == pytest.approx(6e-6 + 60e-6)
+    assert net.seconds("all_gather", 1_000_000, 4) == pytest.approx(2e-6 + 30e-6)
+    # in two: half of an all-to-all leaves the node over the rank's own link; rings use all four
+    assert net.seconds("all_to_all", 8_000_000, 8) == pytest.approx(7e-6 + 400e-6)
+    assert net.seconds("all_reduce", 8_000_000, 8) == pytest.approx(14e-6 + 14e6 / 40e9)
+    assert net.seconds("all_reduce", 8, 8) == pytest.approx(6e-6, rel=1e-3)  # trees
+    assert net.sent("all_reduce", 8, 8) == 14
+    assert net.sent("all_to_all", 8, 8) == 7
+    assert net.sent("all_gather", 8, 8) == 56
+
+
+def test_a_step_hides_what_it_can():
+    no_network = Network(latency=0, intra=1e30, inter=1e30)
+    made = plan(2048, 8192, device="h200", world_size=32, network=no_network)
+    assert made.fused.step == pytest.approx(made.fused.floor)
+    made = plan(2048, 8192, device="h200", world_size=32)
+    exposed = made.fused.floor + made.fused.network - made.fused.step
+    assert 0 < exposed < made.fused.floor * 0.67
+    assert made.usual.step == pytest.approx(made.usual.floor + made.usual.network)
+
+
+def test_the_largest_problems_are_planned_for():
+    made = plan(16384, 2**20, torch.bfloat16, device="h200", world_size=4096)
+    assert made.fused.step < made.usual.step / 100
+    k = sum(c.size for c in made.fused.collectives if c.what.startswith("K_"))
+    assert k > 0.9 * (made.fused.all_to_all_bytes + made.fused.all_reduce_bytes)  # K's sum is nearly all there is
+    assert max(map(len, str(made).splitlines())) <= 80
+
+
+@pytest.mark.parametrize("field", ["latency", "intra", "inter", "ranks_per_node"])
+def test_a_network_has_positive_rates(field):
+    with pytest.raises(ValueError, match=f"{field} must be above 0, got -1"):
+        Network(**{field: -1})
 
 
 # The devices
