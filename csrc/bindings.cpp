@@ -12,6 +12,9 @@
 #include <string>
 
 #include "kernels.h"
+#ifdef BARLOW_EMULATION
+#include "device.h"
+#endif
 
 namespace py = pybind11;
 using namespace barlow;
@@ -43,6 +46,7 @@ class Arguments {
     field = static_cast<int>(number);
     if (field != number) throw py::value_error(std::to_string(number) + " is not a 32-bit integer");
   }
+  static void read(PyObject* value, int64_t& field) { field = PyLong_AsLongLong(value); }
   static void read(PyObject* value, float& field) { field = static_cast<float>(PyFloat_AsDouble(value)); }
   static void read(PyObject* value, bool& field) { field = PyObject_IsTrue(value); }
   static void read(PyObject* value, Precision& field) {
@@ -89,10 +93,15 @@ void fill(Correlate& p, Arguments& take) {
   take("lambd", p.lambd)("scale", p.scale)("raw_limit", p.raw_limit)("tf32", p.precision);
 }
 
+void fill(PartialGram& p, Arguments& take) {
+  take("x", p.x)("partials", p.partials)("size", p.size)("n", p.n)("d", p.d)("panel", p.panel);
+  take("block", p.block)("split", p.split)("steps", p.steps)("tf32", p.precision);
+}
+
 void fill(InputGrad& p, Arguments& take) {
   take("own_a", p.own[0])("own_b", p.own[1])("a_hat", p.hat[0])("b_hat", p.hat[1])("product", p.product);
   take("grad_a", p.grad[0])("grad_b", p.grad[1])("stats", p.stats);
-  take("g_loss", p.g_loss)("g_on", p.g_on)("g_off", p.g_off)("n", p.n)("d", p.d);
+  take("g_loss", p.g_loss)("g_on", p.g_on)("g_off", p.g_off)("n", p.n)("d", p.d)("k_divisor", p.k_divisor);
   take("lambd", p.lambd)("scale", p.scale)("normalized", p.normalized)("raw", p.raw)("tf32", p.precision);
 }
 
@@ -115,6 +124,10 @@ PYBIND11_MODULE(BARLOW_MODULE, module) {
   module.doc() = "The CUDA kernels of barlow_fused; barlow_fused/backends/cuda_backend.py calls them.";
 #ifdef BARLOW_EMULATION
   module.attr("emulated") = true;
+  module.def("emulate", [](int capability, int multiprocessors) {  // 90: a device of compute capability 9.0
+    emulated_device().capability = capability;
+    emulated_device().multiprocessors = multiprocessors;
+  });
 #else
   module.attr("emulated") = false;
   module.attr("cuda_version") = BARLOW_CUDA_VERSION;    // of nvcc and of the runtime library inside, "13.0.88"
@@ -139,12 +152,16 @@ PYBIND11_MODULE(BARLOW_MODULE, module) {
   module.def("plan_gram", [](int n, int d, int dtype, bool tf32, int device) {
     return plan_gram(n, d, static_cast<DType>(dtype), tf32 ? Precision::tf32 : Precision::float32, device);
   });
+  module.def("plan_partial_gram", [](int n, int d, int dtype, int device) {
+    return plan_partial_gram(n, d, static_cast<DType>(dtype), device);
+  });
   module.def("plan_correlate", [](int n, int d, int dtype, bool tf32, int device) {
     return plan_correlate(n, d, static_cast<DType>(dtype), tf32 ? Precision::tf32 : Precision::float32, device);
   });
 
   bind(module, "normalize", normalize);
   bind(module, "gram", gram);
+  bind(module, "partial_gram", partial_gram);
   bind(module, "correlate", correlate);
   bind(module, "gram_grad", gram_grad);
   bind(module, "direct_grad", direct_grad);

@@ -2,7 +2,7 @@
 // choose between these and the portable kernels.
 #pragma once
 
-#include "hopper.h"
+#include "device.h"
 
 namespace barlow {
 

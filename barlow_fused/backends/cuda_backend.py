@@ -250,6 +250,7 @@ def input_grad(
         g_off=_pointer(weights.g_off),
         n=n,
         d=d,
+        k_divisor=d,
         lambd=weights.lambd,
         scale=weights.scale,
         normalized=x.normalization is not None,
