@@ -1,5 +1,6 @@
 // gram_grad on any GPU from sm_80: gram_grad.h with multiply.h's product.
 #include "gram_grad.h"
+#include "hopper_kernels.h"
 
 namespace barlow {
 namespace {
@@ -97,6 +98,7 @@ void choose_gram_grad(const InputGrad& p, Stream stream) {
 }  // namespace
 
 void gram_grad(const InputGrad& p, Stream stream) {
+  if (hopper_can_gram_grad(p, stream.device)) return hopper_gram_grad(p, stream);
   switch (p.hat[0].dtype) {
     case DType::bfloat16:
       return choose_gram_grad<bfloat16, false>(p, stream);

@@ -57,10 +57,12 @@ BARLOW_DEVICE void store_box(const char* box, const Matrix& m, bool vectors, int
 // of columns 2 lane and 2 lane + 1 of the eight fragments: lanes exchange halves of what they have, so 14 shuffles do.
 BARLOW_DEVICE void sum_columns(float (&x)[2 * box_fragments]) {
 #pragma unroll
-  for (int half = box_fragments, mask = 16; half >= 2; half /= 2, mask /= 2) {
+  for (int round = 0; round < 3; ++round) {
+    const int half = box_fragments >> round, mask = 16 >> round;
     const bool upper = (lane() & mask) != 0;
 #pragma unroll
-    for (int i = 0; i < half; ++i) {
+    for (int i = 0; i < box_fragments; ++i) {
+      if (i >= half) break;
       const float given = upper ? x[i] : x[i + half], kept = upper ? x[i + half] : x[i];
       x[i] = kept + shuffle_xor(given, mask);
     }

@@ -1,0 +1,266 @@
+// gram_grad on Hopper: gram_grad.h with hopper_multiply.h's product and hopper_epilogue.h, half precision.
+//
+// A cluster of 2, 4 or 8 blocks owns a slab of 256 features with all N rows: each block computes row tiles of 128 of P,
+// all of them share the tile of A_hat (or B_hat), of which each fetches a part. Up to 1024 rows every block has one row
+// tile, and P waits in registers while the blocks add up their sums of own q through distributed shared memory, always
+// in the order of the blocks: the gradient is stored once, and no second walk over memory is needed. Beyond, a block
+// walks over its row tiles, and over what it has stored, as gram_grad.h says; a cluster's part of that, 256 features of
+// 2048 rows, is 1 MiB of the gradient and 1 MiB of own, for 16 clusters 32 MiB: they are still in L2.
+//
+// N = 1024, D = 65536, both views: 512 slabs for 16 clusters of 8, 32 each: 16 steps of 1024 cycles for the product of a
+// tile, and 192 KiB through the ring for its epilogue, of which 64 KiB, own again, were there a moment ago.
+#include "gram_grad.h"
+#include "hopper_epilogue.h"
+#include "hopper_kernels.h"
+
+namespace barlow {
+namespace {
+
+template <class T, int CLUSTER, bool WALK>
+struct GramGradJob {
+  using Product = HopperMultiply<T, 256, 4, CLUSTER, true, false>;
+  using Place = typename Product::Place;
+  struct Params {
+    TensorMap k[2], hat[2], own[2];  // of each view: K of the other, and itself
+    InputGrad p;
+    EpilogueMatrices m[2];
+    int first_view, slabs, parts;  // row tiles of a block
+    int works;
+  };
+  // q = p P + (y Y + offset), own = scale_x X + offset_x, and what is known of the factor of own.
+  struct alignas(16) Weights {
+    float p, y, offset, own, scale_x, offset_x;
+    float kappa, known;
+  };
+  struct alignas(8) Missing {
+    float x, offset;  // what is to be added when the sums are complete: x X + offset
+  };
+  struct Memory {
+    Weights weights[Product::N];
+    Missing missing[Product::N];
+    float sums[Consumers::threads / 32][Product::N];  // of own q: each warp's rows
+    float totals[2][Product::N];                      // all of this block's rows; this slab's and the next one's
+    uint64_t exchanged;                               // every block of the cluster has written its totals
+  };
+  static constexpr const char* name = "gram_grad";
+  static constexpr int epilogue_bytes = sizeof(Memory);
+  static constexpr int chunks = Product::N / box_columns;
+
+  const Params& params;
+  Memory& memory;
+  int exchanges = 0;
+
+  BARLOW_DEVICE explicit GramGradJob(const Params& p)
+      : params(p), memory(*reinterpret_cast<Memory*>(Product::epilogue_memory())) {
+    if (thread() == 0) mbarrier_init(&memory.exchanged, CLUSTER);
+  }
+
+  BARLOW_DEVICE int view_of(int work) const { return params.first_view + work / params.slabs; }
+  BARLOW_DEVICE int column_of(int work) const { return work % params.slabs * Product::N; }
+  BARLOW_DEVICE int row_of(int part) const { return (part * CLUSTER + cluster_rank()) * Product::M; }
+  BARLOW_DEVICE int steps() const { return ceil_div(params.p.n, Product::K); }
+
+  BARLOW_DEVICE void produce(Place& ring, int work) const {
+    if (lane() != 0) return;
+    const int view = view_of(work), column = column_of(work);
+    for (int part = 0; part < params.parts; ++part) {
+      Product::load(ring, {&params.k[view], &params.hat[view], row_of(part), column, 0, steps()});
+      for (int c = 0; c < chunks; ++c) {
+        Product::load_boxes(ring, params.own[view], &params.own[1 - view], row_of(part), column + c * box_columns);
+      }
+    }
+    if (!params.p.normalized) return;
+    for (int part = 0; part < params.parts; ++part) {
+      for (int c = 0; c < chunks; ++c) {
+        Product::load_boxes(ring, params.own[view], nullptr, row_of(part), column + c * box_columns);
+      }
+    }
+  }
+
+  BARLOW_DEVICE void consume(Place& ring, int work) {
+    const InputGrad& p = params.p;
+    const int view = view_of(work), column = column_of(work);
+    const EpilogueMatrices& m = params.m[view];
+    Consumers::barrier();  // the last slab's weights have been read
+    {
+      GramWeights<1> w;
+      w.set(p, view, column + thread());
+      memory.weights[thread()] = {w.w.weight_p[0], w.w.weight_y[0], w.w.offset_y[0], w.w.weight_x[0],
+                                  w.w.scale_x[0],  w.w.offset_x[0], w.kappa[0],      w.known[0]};
+#pragma unroll
+      for (int i = 0; i < Consumers::threads / 32; ++i) memory.sums[i][thread()] = 0.f;
+    }
+    Consumers::barrier();
+    typename Product::Accumulator acc;
+    for (int part = 0; part < params.parts; ++part) {
+      Product::multiply(ring, acc, steps());
+#pragma unroll
+      for (int c = 0; c < chunks; ++c) {
+        char* const boxes = Product::wait(ring);
+        first_pass(boxes, acc, c, row_of(part));
+        if (WALK || !p.normalized) {
+          store_box<T>(boxes, m.grad, m.grad_vectors, p.n, p.d, row_of(part) + warp() * 16, column + c * box_columns);
+        }
+        Product::done(ring);
+      }
+      if (!WALK) break;  // tells the compiler that there is no next part
+    }
+    if (!p.normalized) return;
+    add_up();
+    for (int part = 0; part < params.parts; ++part) {
+#pragma unroll
+      for (int c = 0; c < chunks; ++c) {
+        char* const boxes = Product::wait(ring);
+        const int row = row_of(part) + warp() * 16;
+        if constexpr (WALK) {
+          add_to_stored(boxes, m, c, row, column + c * box_columns);
+        } else {
+          last_pass(boxes, acc, c);
+          store_box<T>(boxes, m.grad, m.grad_vectors, p.n, p.d, row, column + c * box_columns);
+        }
+        Product::done(ring);
+      }
+      if (!WALK) break;
+    }
+  }
+
+  // From P to q: it takes the place of P where it waits for the sums, else of X in the box, with what is known of the
+  // multiple of own. Adds up own q.
+  BARLOW_DEVICE void first_pass(char* boxes, typename Product::Accumulator& acc, int c, int first_row) {
+    const InputGrad& p = params.p;
+    float sums[2 * box_fragments];
+#pragma unroll
+    for (int j = 0; j < box_fragments; ++j) {
+      float (&fragment)[4] = acc[0][c * box_fragments + j];
+      const Weights* const w = memory.weights + Product::column_of(c * box_fragments + j);
+      sums[2 * j] = sums[2 * j + 1] = 0.f;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const bool inside = first_row + Product::row_of(0) + 8 * h < p.n;
+        float x[2], y[2];
+        unpack_two<T>(*in_box(boxes + Product::x_box, j, h), x);
+        unpack_two<T>(*in_box(boxes + Product::y_box, j, h), y);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& q = fragment[2 * h + e];
+          q = w[e].p * q + (w[e].y * y[e] + w[e].offset);
+          x[e] = x[e] * w[e].scale_x + w[e].offset_x;
+          if (inside) sums[2 * j + e] += x[e] * q;
+          y[e] = q + x[e] * w[e].own;
+        }
+        if (WALK || !p.normalized) *in_box(boxes + Product::x_box, j, h) = pack_two<T>(y[0], y[1]);
+      }
+    }
+    sum_columns(sums);
+    float* const to = memory.sums[warp()] + c * box_columns + 2 * lane();
+    to[0] += sums[0];
+    to[1] += sums[1];
+  }
+
+  // The sums of own q over all rows of the slab, and what follows from them.
+  BARLOW_DEVICE void add_up() {
+    float* const totals = memory.totals[exchanges % 2];
+    Consumers::barrier();
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < Consumers::threads / 32; ++i) sum += memory.sums[i][thread()];
+    totals[thread()] = sum;
+    Consumers::barrier();
+    if (thread() < CLUSTER) mbarrier_arrive_cluster(&memory.exchanged, thread());
+    mbarrier_wait_cluster(&memory.exchanged, exchanges % 2);
+    sum = 0.f;
+#pragma unroll
+    for (int rank = 0; rank < CLUSTER; ++rank) sum += load_from_block(totals + thread(), rank);
+    // Nobody writes these totals again before everybody has read them: the exchange of the next ones lies between.
+    ++exchanges;
+    const Weights& w = memory.weights[thread()];
+    const float own = -w.kappa * (sum / params.p.n - w.known) + (WALK ? 0.f : w.own);
+    memory.missing[thread()] = {own * w.scale_x, own * w.offset_x};
+    Consumers::barrier();
+  }
+
+  // q waits in registers.
+  BARLOW_DEVICE void last_pass(char* box, const typename Product::Accumulator& acc, int c) const {
+#pragma unroll
+    for (int j = 0; j < box_fragments; ++j) {
+      const Missing* const w = memory.missing + Product::column_of(c * box_fragments + j);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        float x[2];
+        unpack_two<T>(*in_box(box, j, h), x);
+#pragma unroll
+        for (int e = 0; e < 2; ++e) x[e] = acc[0][c * box_fragments + j][2 * h + e] + (w[e].x * x[e] + w[e].offset);
+        *in_box(box, j, h) = pack_two<T>(x[0], x[1]);
+      }
+    }
+  }
+
+  // The gradient waits in memory; each thread reads what it has stored itself.
+  BARLOW_DEVICE void add_to_stored(const char* box, const EpilogueMatrices& m, int c, int first_row, int column) const {
+    const InputGrad& p = params.p;
+    const int chunk = lane() % 8;
+    const Missing* const w = memory.missing + c * box_columns + chunk * 8;
+    column += chunk * 8;
+    const int count = larger(0, smaller(8, p.d - column));
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int r = i * 4 + lane() / 8;
+      if (first_row + r < p.n && count > 0) {
+        float x[8], g[8];
+        unpack(load(reinterpret_cast<const Vec16*>(box + (warp() * 16 + r) * 128 + (chunk ^ (r & 7)) * 16)), x, T{});
+        load_row<T>(m.grad, m.grad_vectors, first_row + r, column, count, g);
+#pragma unroll
+        for (int e = 0; e < 8; ++e) g[e] += w[e].x * x[e] + w[e].offset;
+        store_row<T>(m.grad, m.grad_vectors, first_row + r, column, count, g);
+      }
+    }
+  }
+};
+
+template <class T, int CLUSTER, bool WALK>
+void launch_gram_grad(const InputGrad& p, Stream stream) {
+  using Job = GramGradJob<T, CLUSTER, WALK>;
+  using Kernel = HopperKernel<Job>;
+  const auto what = [&p] { return launch_name(Kernel::name, p.n, p.d); };
+  typename Kernel::Params params{};
+  params.p = p;
+  params.slabs = ceil_div(p.d, Job::Product::N);
+  params.parts = ceil_div(p.n, CLUSTER * Job::Product::M);
+  params.first_view = p.grad[0].data == nullptr ? 1 : 0;
+  params.works = params.slabs * ((p.grad[0].data != nullptr) + (p.grad[1].data != nullptr));
+  for (int view = 0; view < 2; ++view) {
+    Matrix k = p.product;  // K of the other view
+    k.data = static_cast<char*>(k.data) + (1 - view) * p.n * k.row_stride * sizeof(T);
+    params.k[view] = Job::Product::a_map(k, p.n, p.n, what);
+    params.hat[view] = Job::Product::b_map(p.hat[view], p.n, p.d, what);
+    params.own[view] = tensor_map(p.own[view], p.n, p.d, Job::Product::M, what);
+    params.m[view] = epilogue_matrices(p, view);
+  }
+  launch_clusters<Kernel>(params.works, Kernel::shared_bytes, stream, params, p.n, p.d);
+}
+
+template <class T>
+void choose_gram_grad(const InputGrad& p, Stream stream) {
+  if (p.n <= 256) {
+    launch_gram_grad<T, 2, false>(p, stream);
+  } else if (p.n <= 512) {
+    launch_gram_grad<T, 4, false>(p, stream);
+  } else if (p.n <= 1024) {
+    launch_gram_grad<T, 8, false>(p, stream);
+  } else {
+    launch_gram_grad<T, 8, true>(p, stream);
+  }
+}
+
+}  // namespace
+
+bool hopper_can_gram_grad(const InputGrad& p, int device) {
+  if (!is_hopper(device) || p.n <= 128) return false;
+  return has_tensor_map(p.hat[0]) && has_tensor_map(p.hat[1]) && has_tensor_map(p.product) && hopper_can_finish(p);
+}
+
+void hopper_gram_grad(const InputGrad& p, Stream stream) {
+  p.hat[0].dtype == DType::bfloat16 ? choose_gram_grad<bfloat16>(p, stream) : choose_gram_grad<float16>(p, stream);
+}
+
+}  // namespace barlow
