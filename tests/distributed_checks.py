@@ -638,6 +638,8 @@ def fsdp_averages_likewise() -> None:
 @check
 def compiled() -> None:
     """torch.compile leaves its graph for the loss, and comes back."""
+    if dist.get_world_size() != 2:  # it takes seconds, whatever the number of ranks
+        return
     loss = BarlowTwinsLoss(group="world", gradient="official")
     a, b = map(own, views(9, 31, torch.float64))
     function = torch.compile(lambda x, y: loss(x * 2, y.sin()) + 1, backend="aot_eager")
@@ -675,7 +677,7 @@ def modules_can_be_copied() -> None:
 
 def triton_equals_one_process() -> None:
     """K in two panels, all conventions, unequal batches, and fewer features than a tile has."""
-    for options in (ALL[0], ALL[3], ALL[4], ALL[7]):
+    for options in (ALL[0], ALL[3], ALL[6]):
         assert_equal_to_oracle(130, 270, torch.float32, 1e-5, *options, backend="triton")
         assert_equal_to_oracle(16, 7, torch.float32, 1e-5, "direct", *options[1:], backend="triton")
     for convention in NORMALIZATIONS.values():
