@@ -16,17 +16,34 @@ from cases import NORMALIZATIONS, ROUTES, answer, assert_close, error, oracle, v
 
 from barlow_fused import barlow_twins_loss
 from barlow_fused.backends import why_unusable
+from barlow_fused.plan import plan
 
 GPU = torch.device("cuda", 0)
 HAS_GPU = torch.cuda.is_available() and why_unusable("triton", GPU) is None
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAMBD, EPS = 0.0051, 1e-5
+SIZES = [  # (n, d, route)
+    (256, 8192, "gram"),
+    (2048, 8192, "gram"),
+    (1024, 65536, "gram"),
+    (2048, 65536, "gram"),
+    (2048, 262144, "gram"),
+    (8192, 2048, "direct"),
+]
 
 
 def gpu(test):
     """A test that needs a GPU."""
     skip = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA GPU of compute capability >= 8.0, and Triton")
     return pytest.mark.gpu(skip(test))
+
+
+def need_memory(n, d, dtype, arrays):
+    """Skip where ``arrays`` of (n, d) in the inputs' dtype and five in float64 do not fit onto the GPU."""
+    needed = n * d * (arrays * dtype.itemsize + 5 * 8)
+    free = torch.cuda.mem_get_info(GPU)[0] + torch.cuda.memory_reserved(GPU) - torch.cuda.memory_allocated(GPU)
+    if needed > free:
+        pytest.skip(f"needs {needed / 1e9:.0f} GB of GPU memory, {free / 1e9:.0f} GB are free")
 
 
 def triton_loss(**kwargs):
@@ -107,15 +124,26 @@ def test_accuracy(n, d, normalization, dtype, route):
 
 @gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("n", "d", "route"), [(256, 8192, "gram"), (2048, 8192, "gram"), (2048, 65536, "gram"), (8192, 2048, "direct")]
-)
+@pytest.mark.parametrize(("n", "d", "route"), SIZES)
 def test_accuracy_at_size(n, d, route, dtype):
+    need_memory(n, d, dtype, arrays=9)
     z_a, z_b = gpu_views(n, d, dtype)
     got, ref = answer(triton_loss(route=route), z_a, z_b), gram_truth(z_a, z_b)
     assert error(got.loss, ref[0]) < (1e-6 if dtype == torch.float32 else 1e-4)
-    for x, want in ((got.grad_a, ref[1]), (got.grad_b, ref[2])):
-        assert error(x, want) < (2e-6 if dtype == torch.float32 else 5e-3)
+    for x, want in ((got.grad_a, ref[1]), (got.grad_b, ref[2])):  # on the GPU: these are gigabytes
+        assert ((x.double() - want).norm() / want.norm()).item() < (2e-6 if dtype == torch.float32 else 5e-3)
+
+
+@gpu
+def test_offsets_beyond_32_bits():
+    """C has D^2 > 2^31 elements, and the partial sums of its rows many; 2 N D > 2^31 is among the sizes above."""
+    n, d = 64, 65536
+    need_memory(d, d, torch.bfloat16, arrays=1)
+    z_a, z_b = gpu_views(n, d, torch.bfloat16)
+    got, ref = answer(triton_loss(route="direct"), z_a, z_b), gram_truth(z_a, z_b)
+    assert error(got.loss, ref[0]) < 1e-3
+    for x, want in ((got.grad_a, ref[1]), (got.grad_b, ref[2])):  # far from where this route is taken
+        assert ((x.double() - want).norm() / want.norm()).item() < 2e-2
 
 
 @gpu
@@ -134,8 +162,9 @@ def test_float32_obeys_pytorchs_switch(precision):
 
 @gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "d", "route"), [(256, 8192, "gram"), (2048, 8192, "gram"), (2048, 1024, "direct")])
+@pytest.mark.parametrize(("n", "d", "route"), [*SIZES, (2048, 1024, "direct")])
 def test_same_input_same_bits(n, d, route, dtype):
+    need_memory(n, d, dtype, arrays=13)
     z_a, z_b = gpu_views(n, d, dtype)
     first = answer(triton_loss(route=route), z_a, z_b)
     for _ in range(20):
@@ -144,8 +173,9 @@ def test_same_input_same_bits(n, d, route, dtype):
 
 
 @gpu
-@pytest.mark.parametrize(("n", "d", "route"), [(256, 8192, "gram"), (2048, 8192, "gram"), (2048, 1024, "direct")])
+@pytest.mark.parametrize(("n", "d", "route"), [*SIZES, (2048, 1024, "direct")])
 def test_cuda_graph(n, d, route):
+    need_memory(n, d, torch.bfloat16, arrays=13)
     z_a, z_b = (z.requires_grad_() for z in gpu_views(n, d, torch.bfloat16))
     loss = triton_loss(route=route)
 
@@ -163,7 +193,7 @@ def test_cuda_graph(n, d, route):
         captured = step()
     for seed in range(3):
         with torch.no_grad():
-            z_a.copy_(torch.randn(n, d, generator=torch.Generator().manual_seed(seed)))
+            z_a.copy_(torch.randn(n, d, device=GPU, generator=torch.Generator(GPU).manual_seed(seed)))
         graph.replay()
         torch.cuda.synchronize()
         assert all(torch.equal(x, y) for x, y in zip(captured, step(), strict=True))
@@ -171,24 +201,26 @@ def test_cuda_graph(n, d, route):
 
 @gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("n", "d", "route"), [(256, 8192, "gram"), (2048, 8192, "gram"), (1024, 65536, "gram"), (8192, 2048, "direct")]
-)
+@pytest.mark.parametrize(("n", "d", "route"), SIZES)
 def test_peak_memory(n, d, route, dtype):
-    """At most 2 N D numbers and 3 min(N, D)^2 float32 beyond inputs and gradients; statistics aside, 16 D float32."""
+    """At most 2 N D numbers and 3 min(N, D)^2 float32 beyond inputs and gradients, as ``plan`` says."""
+    need_memory(n, d, dtype, arrays=9)
     z_a, z_b = (z.requires_grad_() for z in gpu_views(n, d, dtype))
     triton_loss(route=route)(z_a, z_b).loss.backward()
     z_a.grad = z_b.grad = None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]  # as asked for, before the allocator rounds up
     triton_loss(route=route)(z_a, z_b).loss.backward()
     gradients = 2 * n * d * dtype.itemsize
-    used = torch.cuda.max_memory_allocated() - before - gradients
-    assert used <= 2 * n * d * dtype.itemsize + 3 * min(n, d) ** 2 * 4 + 16 * d * 4 + 2**20
+    used = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before - gradients
+    assert used <= 2 * n * d * dtype.itemsize + 3 * min(n, d) ** 2 * 4
+    made = plan(n, d, dtype, device=GPU, route=route, backend="triton")
+    assert used == pytest.approx(made.fused.peak_memory, rel=0.01, abs=2**16)
 
 
 @gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # is a prototype, says PyTorch
 def test_backward_does_not_wait_for_the_gpu():
     z_a, z_b = (z.requires_grad_() for z in gpu_views(256, 8192, torch.bfloat16))
     triton_loss()(z_a, z_b).loss.backward()  # compiles

@@ -87,6 +87,8 @@ def _matmul_chunk(
         first = (k_begin + ks).to(tl.int64)
         x_ptr = left + rows.to(tl.int64)[:, None] * left_m + first[None, :] * left_k
         y_ptr = right + first[:, None] * right_k + columns.to(tl.int64)[None, :] * right_n
+        left_step = tl.cast(left_k, tl.int64) * BLOCK_K
+        right_step = tl.cast(right_k, tl.int64) * BLOCK_K
         for k in range(k_begin, k_end, BLOCK_K):
             if EVEN:
                 x = tl.load(x_ptr)
@@ -95,8 +97,8 @@ def _matmul_chunk(
                 x = tl.load(x_ptr, mask=(rows < m_size)[:, None] & (k + ks < k_size)[None, :], other=0.0)
                 y = tl.load(y_ptr, mask=(k + ks < k_size)[:, None] & (columns < n_size)[None, :], other=0.0)
             acc = _dot(x, y, acc, PRECISION)
-            x_ptr += BLOCK_K * left_k
-            y_ptr += BLOCK_K * right_k
+            x_ptr += left_step
+            y_ptr += right_step
     return acc
 
 

@@ -186,7 +186,7 @@ def _finish(
     c = tl.load(stats + C * D + columns, mask=inside)
     alpha = w_off * (2.0 / N) * (k_divisor * 1.0 / N)
     d = (2.0 / N) * (w_on * (c - 1.0) - w_off * c)
-    y = tl.load(other + tall * other_n + wide * other_d, mask=mask).to(tl.float32)
+    y = _load(other + tall * other_n + wide * other_d, mask)
     mean = 0.0
     if NORMALIZED:
         row = stats + view.to(tl.int64) * D + columns
@@ -239,10 +239,7 @@ def _add_own(
 @triton.jit
 def _load_own(ptr, mask, stats, view, columns, inside, D, RAW: tl.constexpr):
     """A tile of own in float32, 0 outside of the matrix."""
-    if mask is None:
-        x = tl.load(ptr).to(tl.float32)
-    else:
-        x = tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
+    x = _load(ptr, mask)
     if RAW:
         row = stats + view.to(tl.int64) * D + columns
         rstd = tl.load(row + RSTD * D, mask=inside)
@@ -250,6 +247,16 @@ def _load_own(ptr, mask, stats, view, columns, inside, D, RAW: tl.constexpr):
         if mask is not None:
             x = tl.where(mask, x, 0.0)
     return x
+
+
+@triton.jit
+def _load(ptr, mask):
+    """A tile in float32, 0 where the mask is false: what a load leaves there by itself may be NaN, and is summed."""
+    if mask is None:
+        x = tl.load(ptr)
+    else:
+        x = tl.load(ptr, mask=mask, other=0.0)
+    return x.to(tl.float32)
 
 
 @triton.jit
