@@ -152,6 +152,8 @@ def triton_cost(p: Problem) -> Cost:
         product_traffic = _traffic(product, 3)  # written, and read for each view
     bytes_moved = _traffic(n * d * in_size, passes, at_least=6) + product_traffic + _traffic(partials, 2)
     peak = 2 * n * d * size + product + stats + max(0, partials - gradients)
+    if p.world_size > 1 and p.route == "gram":  # the shards of two views and of their gradients; A_hat, B_hat once more
+        peak += 4 * n * d * in_size + 2 * n * d * size
     return _cost(p, p.flops, bytes_moved, peak, p.dtype)
 
 
