@@ -1,6 +1,7 @@
 // correlate on any GPU from sm_80: correlate.h with multiply.h's product.
 #include "correlate.h"
 #include "grouped.h"
+#include "hopper_kernels.h"
 
 namespace barlow {
 namespace {
@@ -77,6 +78,7 @@ CorrelatePlan plan_correlate(int n, int d, DType dtype, Precision precision, int
 }
 
 void correlate(const Correlate& p, Stream stream) {
+  if (hopper_can_correlate(p, stream.device)) return hopper_correlate(p, stream);
   switch (p.a_hat.dtype) {
     case DType::bfloat16:
       return choose_correlate<bfloat16, false>(p, stream);
