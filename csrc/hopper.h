@@ -19,8 +19,8 @@ constexpr int box_columns = 64;
 
 // What the TMA needs: aligned memory, and whole 16-byte pieces from one row to the next.
 inline bool has_tensor_map(const Matrix& m) {
-  return m.data != nullptr && m.dtype != DType::float32 && m.column_stride == 1 && m.row_stride % 8 == 0 &&
-         m.row_stride < (int64_t{1} << 38) && reinterpret_cast<uintptr_t>(m.data) % 16 == 0;
+  return m.data != nullptr && m.dtype != DType::float32 && m.column_stride == 1 && m.row_stride > 0 &&
+         m.row_stride % 8 == 0 && m.row_stride < (int64_t{1} << 38) && reinterpret_cast<uintptr_t>(m.data) % 16 == 0;
 }
 
 // How a tile of a factor lies in shared memory, for wgmma: start, "leading" and "stride" byte offset, 128-byte swizzle

@@ -116,8 +116,8 @@ void both_views(const InputGrad& p, Stream stream) {
 }  // namespace
 
 bool hopper_can_direct_grad(const InputGrad& p, int device) {
-  return is_hopper(device) && has_tensor_map(p.hat[0]) && has_tensor_map(p.hat[1]) && has_tensor_map(p.product) &&
-         hopper_can_finish(p);
+  return is_hopper(device) && hopper_fills(device, 2, ceil_div(p.n, 256) * ceil_div(p.d, 256)) &&
+         has_tensor_map(p.hat[0]) && has_tensor_map(p.hat[1]) && has_tensor_map(p.product) && hopper_can_finish(p);
 }
 
 void hopper_direct_grad(const InputGrad& p, Stream stream) {

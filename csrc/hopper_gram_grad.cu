@@ -255,7 +255,9 @@ void choose_gram_grad(const InputGrad& p, Stream stream) {
 }  // namespace
 
 bool hopper_can_gram_grad(const InputGrad& p, int device) {
-  if (!is_hopper(device) || p.n <= 128) return false;
+  const int slabs = ceil_div(p.d, 256) * ((p.grad[0].data != nullptr) + (p.grad[1].data != nullptr));
+  const int cluster = p.n <= 256 ? 2 : p.n <= 512 ? 4 : 8;
+  if (!is_hopper(device) || p.n <= 128 || !hopper_fills(device, cluster, slabs)) return false;
   return has_tensor_map(p.hat[0]) && has_tensor_map(p.hat[1]) && has_tensor_map(p.product) && hopper_can_finish(p);
 }
 

@@ -20,6 +20,12 @@ void hopper_direct_grad(const InputGrad&, Stream);
 
 inline bool is_hopper(int device) { return device_info(device).capability == 90; }
 
+// Whether that many clusters occupy half of the device. Fewer leave more of it idle than the portable kernels, whose
+// tiles are smaller, lose by being slower.
+inline bool hopper_fills(int device, int cluster, int64_t clusters) {
+  return 2 * cluster * clusters >= device_info(device).multiprocessors;
+}
+
 // From this many rows on gram computes squares of 256 instead of 128.
 constexpr int hopper_gram_many_rows = 512;
 
