@@ -29,6 +29,11 @@ def test_plan_prints_the_plan(capsys):
     assert capsys.readouterr().out == f"{plan(2048, 65536, torch.bfloat16, device='h200')}\n"
 
 
+def test_plan_takes_a_backend_that_only_the_named_gpu_can_run(capsys):
+    assert main(["plan", "--n", "2048", "--d", "65536", "--device", "h200", "--backend", "triton"]) == 0
+    assert capsys.readouterr().out == f"{plan(2048, 65536, device='h200', backend='triton')}\n"
+
+
 def test_every_flag_of_plan_reaches_it(capsys):
     flags = ["--dtype", "float16", "--device", "a100", "--world-size", "4", "--route", "direct", "--backend", "torch"]
     flags += ["--latency", "2", "--intra", "300", "--inter", "25", "--ranks-per-node", "2"]
