@@ -63,7 +63,7 @@ GRADIENTS = ("official", "lightly")
 STATISTICS = ("global", "local")
 DEVICES = ("cpu", "cuda")
 FIELDS = 17  # of the header
-PARTIAL = ("torch", "triton")  # backends that can work on a part of a batch
+PARTIAL = ("torch", "triton", "cuda")  # backends that can work on a part of a batch
 REDUCE_DTYPES = (None, torch.float32, torch.float64, torch.bfloat16)
 ALIGNMENT = 8  # features: shards of wide inputs begin and end at multiples of it (16 bytes in half precision)
 

@@ -14,11 +14,13 @@ import datetime
 import functools
 import json
 import math
+import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -672,38 +674,50 @@ def modules_can_be_copied() -> None:
         assert "gradient='lightly', statistics='local'" in repr(twin)
 
 
-# The Triton backend, in Triton's interpreter: asked for by name, as it takes long
+# The backends of kernels, in Triton's interpreter or compiled for the CPU: asked for by name, as they take long
 
 
-def triton_equals_one_process() -> None:
+def kernels_equal_one_process(backend: str) -> None:
     """K in two panels, all conventions, unequal batches, and fewer features than a tile has."""
     for options in (ALL[0], ALL[3], ALL[6]):
-        assert_equal_to_oracle(130, 270, torch.float32, 1e-5, *options, backend="triton")
-        assert_equal_to_oracle(16, 7, torch.float32, 1e-5, "direct", *options[1:], backend="triton")
+        assert_equal_to_oracle(130, 270, torch.float32, 1e-5, *options, backend=backend)
+        assert_equal_to_oracle(16, 7, torch.float32, 1e-5, "direct", *options[1:], backend=backend)
     for convention in NORMALIZATIONS.values():
         for route in ("gram", "direct"):
             for statistics in ("global", "local") if convention is not None else ("global",):
                 arguments = (route, "lightly", statistics, convention, [5, 12])
-                assert_equal_to_oracle(17, 100, torch.float32, 1e-5, *arguments, backend="triton")
+                assert_equal_to_oracle(17, 100, torch.float32, 1e-5, *arguments, backend=backend)
 
 
-def triton_in_half_precision() -> None:
+def kernels_in_half_precision(backend: str) -> None:
     """Multiplied in float32 where they are small; as they are, and in several row tiles, in the second run."""
     from barlow_fused.backends.triton_kernels import configs
 
     for limit, one_tile in ((configs.FLOAT32_ELEMENTS, configs.ONE_TILE), (0, {32: configs.ONE_TILE[64]})):
         configs.FLOAT32_ELEMENTS, configs.ONE_TILE = limit, one_tile
         for options in (ALL[0], ALL[3], ALL[4], ALL[7]):
-            assert_equal_to_oracle(40, 100, torch.bfloat16, 5e-3, *options, backend="triton")
+            assert_equal_to_oracle(40, 100, torch.bfloat16, 5e-3, *options, backend=backend)
 
 
-def triton_does_not_take_float64() -> None:
+def kernels_do_not_take_float64(backend: str) -> None:
     z = torch.randn(4, 31, dtype=torch.float64)
     with raises(RuntimeError, "cannot take torch.float64"):
-        barlow_twins_loss(z, z, backend="triton", group="world", gradient="official")
+        barlow_twins_loss(z, z, backend=backend, group="world", gradient="official")
 
 
-TRITON_CHECKS = (triton_equals_one_process, triton_in_half_precision, triton_does_not_take_float64)
+KERNEL_CHECKS = (kernels_equal_one_process, kernels_in_half_precision, kernels_do_not_take_float64)
+EMULATED = "BARLOW_FUSED_EMULATED"  # the path of the CUDA kernels compiled for the CPU
+
+
+def kernel_checks(backend: str) -> dict[str, Callable[[], None]]:
+    """The checks of a backend of kernels."""
+    if backend == "cuda":
+        from builds import load
+
+        from barlow_fused.backends import cuda_backend
+
+        cuda_backend.use(load(Path(os.environ[EMULATED])))
+    return {f.__name__: functools.partial(f, backend) for f in KERNEL_CHECKS}
 
 
 def main() -> None:
@@ -711,10 +725,11 @@ def main() -> None:
     warnings.simplefilter("ignore")  # torch.distributed.nn is deprecated; the libraries use it
     dist.init_process_group("gloo", timeout=TIMEOUT)
     wanted = sys.argv[2:]
-    checks = {f.__name__: f for f in TRITON_CHECKS} if wanted == ["triton"] else CHECKS
+    kernels = wanted in (["triton"], ["cuda"])
+    checks = kernel_checks(wanted[0]) if kernels else CHECKS
     results = {}
     for name, function in checks.items():
-        if wanted not in ([], ["triton"]) and name not in wanted:
+        if wanted and not kernels and name not in wanted:
             continue
         try:
             function()

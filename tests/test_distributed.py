@@ -5,7 +5,6 @@ What the arguments are checked for, and what happens when a rank leaves the othe
 
 import ast
 import functools
-import importlib.util
 import itertools
 import json
 import os
@@ -14,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import builds
 import pytest
 import torch
 import torch.distributed as dist
@@ -35,8 +35,12 @@ def names_of_checks() -> list[str]:
 
 @functools.cache
 def results(ranks: int, *names: str) -> dict[str, dict[str, str]]:
-    """What went wrong, {check: {rank: traceback}}, in one run of all checks; or of the Triton backend's, "triton"."""
-    environment = {**ENVIRONMENT, "TRITON_INTERPRET": "1"} if names else ENVIRONMENT
+    """What went wrong, {check: {rank: traceback}}, in one run of all checks, or of those of a backend of kernels."""
+    environment = ENVIRONMENT
+    if names == ("triton",):
+        environment = {**ENVIRONMENT, "TRITON_INTERPRET": "1"}
+    elif names == ("cuda",):
+        environment = {**ENVIRONMENT, "BARLOW_FUSED_EMULATED": str(builds.emulated())}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "results.json")
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
@@ -116,9 +120,12 @@ def test_the_other_fails_where_a_rank(what: str) -> None:
             assert "RuntimeError" in errors, errors
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the package triton")
-def test_the_triton_backend_in_the_interpreter() -> None:
-    problems = results(2, "triton")
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_the_backends_of_kernels(backend: str) -> None:
+    """In Triton's interpreter, and compiled for the CPU."""
+    if backend == "triton":
+        pytest.importorskip("triton", reason="needs the package triton")
+    problems = results(2, backend)
     assert len(problems) == 3
     assert not any(problems.values()), problems
 

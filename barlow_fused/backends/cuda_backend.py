@@ -135,7 +135,7 @@ def normalize(z_a: Tensor, z_b: Tensor, normalization: Normalization | None) -> 
     normalized = normalization is not None
     convention = normalization or Normalization()
     dtype = configs.compute_dtype(n, d, z_a.dtype, normalized)
-    plan = _plan(n, d, z_a.dtype, dtype, _tf32(), z_a.device)
+    plan = _plan(n, d, z_a.dtype, dtype, tf32(), z_a.device)
     hats = _empty(z_a, dtype, 2, n, d) if normalized else None
     a_hat, b_hat = hats.unbind() if normalized else (None, None)
     stats = _empty_stats(z_a, normalization)
@@ -143,10 +143,10 @@ def normalize(z_a: Tensor, z_b: Tensor, normalization: Normalization | None) -> 
     counters = torch.empty(plan.counters, dtype=torch.int32, device=z_a.device)
     partials = stats.new_empty(plan.chunks, 5, d) if plan.chunks > 1 else None
     extension().normalize(
-        z_a=_matrix(z_a),
-        z_b=_matrix(z_b),
-        a_hat=_matrix(a_hat),
-        b_hat=_matrix(b_hat),
+        z_a=matrix(z_a),
+        z_b=matrix(z_b),
+        a_hat=matrix(a_hat),
+        b_hat=matrix(b_hat),
         stats=stats.data_ptr(),
         sums=sums.data_ptr(),
         counters=counters.data_ptr(),
@@ -160,7 +160,7 @@ def normalize(z_a: Tensor, z_b: Tensor, normalization: Normalization | None) -> 
         correction=convention.correction,
         normalized=normalized,
         eps_in_root=convention.eps_added_to == "variance",
-        **_stream(z_a),
+        **stream(z_a),
     )
     return Normalized(z_a, z_b, normalization, hats, stats, sums, counters)
 
@@ -168,17 +168,16 @@ def normalize(z_a: Tensor, z_b: Tensor, normalization: Normalization | None) -> 
 def gram(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[BarlowTwinsTerms, Tensor | None]:
     """The terms, and K_a / D - I and K_b / D - I stacked, (2, N, N) (without normalization, K_a / D and K_b / D)."""
     n, d = x.z_a.shape
-    tf32 = _tf32()
-    plan = _plan(n, d, x.z_a.dtype, x.dtype, tf32, x.z_a.device).gram
+    plan = _plan(n, d, x.z_a.dtype, x.dtype, tf32(), x.z_a.device).gram
     a_hat, b_hat = x.views
     k = _empty(x.z_a, x.dtype, 2, n, n) if need_grad else None
     partials = x.stats.new_empty(plan.partials)
     inner = x.sums.new_empty(plan.tiles)
     terms = _empty_terms(x.z_a)
     extension().gram(
-        a_hat=_matrix(a_hat),
-        b_hat=_matrix(b_hat),
-        k=_matrix(k),
+        a_hat=matrix(a_hat),
+        b_hat=matrix(b_hat),
+        k=matrix(k),
         partials=partials.data_ptr(),
         inner=inner.data_ptr(),
         n=n,
@@ -187,28 +186,33 @@ def gram(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[Ba
         split=plan.split,
         steps=plan.steps,
         shift=0.0 if x.normalization is None else 1.0,
-        tf32=tf32,
+        tf32=tf32(),
         **_forward(x, terms, lambd, scale),
     )
     return terms, k
 
 
-def correlate(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[BarlowTwinsTerms, Tensor | None]:
+def correlate(
+    x: Normalized,
+    lambd: float,
+    scale: float,
+    need_grad: bool,
+    dtype: torch.dtype | None = None,  # of C: that of what is multiplied, or float32
+) -> tuple[BarlowTwinsTerms, Tensor | None]:
     """The terms, and C with its diagonal set to 0, (D, D). Fills the last rows of ``x.stats``."""
     n, d = x.z_a.shape
-    tf32 = _tf32()
-    plan = _plan(n, d, x.z_a.dtype, x.dtype, tf32, x.z_a.device).correlate
+    plan = _plan(n, d, x.z_a.dtype, x.dtype, tf32(), x.z_a.device).correlate
     a_hat, b_hat = x.views
-    c = _empty(x.z_a, x.dtype, d, d) if need_grad else None
+    c = _empty(x.z_a, dtype or x.dtype, d, d) if need_grad else None
     row_sums = x.stats.new_empty(2, plan.tiles, d) if need_grad and x.normalization is not None else None
     off_sums = x.sums.new_empty(plan.tiles**2)
     terms = _empty_terms(x.z_a)
     extension().correlate(
-        z_a=_matrix(x.z_a if x.raw else None),
-        z_b=_matrix(x.z_b if x.raw else None),
-        a_hat=_matrix(a_hat),
-        b_hat=_matrix(b_hat),
-        c=_matrix(c),
+        z_a=matrix(x.z_a if x.raw else None),
+        z_b=matrix(x.z_b if x.raw else None),
+        a_hat=matrix(a_hat),
+        b_hat=matrix(b_hat),
+        c=matrix(c),
         stats=x.stats.data_ptr(),
         row_sums=_pointer(row_sums),
         off_sums=off_sums.data_ptr(),
@@ -216,7 +220,7 @@ def correlate(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tup
         d=d,
         block=plan.block,
         raw_limit=configs.raw_limit(n),
-        tf32=tf32,
+        tf32=tf32(),
         **_forward(x, terms, lambd, scale),
     )
     return terms, c
@@ -231,34 +235,45 @@ def input_grad(
 ) -> tuple[Tensor | None, Tensor | None]:
     """dL/dz_a and dL/dz_b, in the inputs' dtype."""
     grads = tuple(torch.empty_like(z) if need else None for z, need in zip((x.z_a, x.z_b), needs, strict=True))
-    if not any(needs):
-        return grads
+    if any(needs):
+        write_grads(x, product, route, weights, grads, x.z_a.shape[1])
+    return grads
+
+
+def write_grads(
+    x: Normalized,
+    product: Tensor,
+    route: str,
+    weights: Weights,
+    grads: tuple[Tensor | None, Tensor | None],
+    k_divisor: int,  # what K was divided by
+) -> None:
+    """``input_grad`` into tensors of the caller's."""
     n, d = x.z_a.shape
-    a_hat, b_hat = map(_matrix, x.views)
+    a_hat, b_hat = map(matrix, x.views)
     launch = extension().gram_grad if route == "gram" else extension().direct_grad
     launch(
-        own_a=_matrix(x.z_a) if x.raw else a_hat,
-        own_b=_matrix(x.z_b) if x.raw else b_hat,
+        own_a=matrix(x.z_a) if x.raw else a_hat,
+        own_b=matrix(x.z_b) if x.raw else b_hat,
         a_hat=a_hat,
         b_hat=b_hat,
-        product=_matrix(product),
-        grad_a=_matrix(grads[0]),
-        grad_b=_matrix(grads[1]),
+        product=matrix(product),
+        grad_a=matrix(grads[0]),
+        grad_b=matrix(grads[1]),
         stats=x.stats.data_ptr(),
         g_loss=_pointer(weights.g_loss),
         g_on=_pointer(weights.g_on),
         g_off=_pointer(weights.g_off),
         n=n,
         d=d,
-        k_divisor=d,
+        k_divisor=k_divisor,
         lambd=weights.lambd,
         scale=weights.scale,
         normalized=x.normalization is not None,
         raw=x.raw,
-        tf32=_tf32(),
-        **_stream(x.z_a),
+        tf32=tf32(),
+        **stream(x.z_a),
     )
-    return grads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,7 +299,7 @@ def _plan(n: int, d: int, z_dtype: torch.dtype, dtype: torch.dtype, tf32: bool, 
     return _Plan(slabs.slabs, slabs.chunks, kernels.plan_gram(*products), kernels.plan_correlate(*products))
 
 
-def _tf32() -> bool:
+def tf32() -> bool:
     """Whether float32 is multiplied as one TF32 product; "highest" takes three, as in triton_kernels/configs.py."""
     return torch.get_float32_matmul_precision() != "highest"
 
@@ -300,11 +315,21 @@ def _forward(x: Normalized, terms: BarlowTwinsTerms, lambd: float, scale: float)
         "off_diag": terms.off_diag.data_ptr(),
         "lambd": lambd,
         "scale": scale,
-        **_stream(x.z_a),
+        **stream(x.z_a),
     }
 
 
-def _stream(z: Tensor) -> dict[str, int]:
+def counter_count(z: Tensor) -> int:
+    """How many zeros gram or correlate wants for inputs of this shape, which are multiplied as they are."""
+    return _plan(*z.shape, z.dtype, z.dtype, tf32(), z.device).counters
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x, or a copy whose rows begin at multiples of 16 bytes."""
+    return x if x.shape[-1] * x.element_size() % ALIGNMENT == 0 else _empty(x, x.dtype, *x.shape).copy_(x)
+
+
+def stream(z: Tensor) -> dict[str, int]:
     """The device, and PyTorch's current stream on it."""
     if z.device.type != "cuda":
         return {"device": 0, "stream": 0}
@@ -312,7 +337,7 @@ def _stream(z: Tensor) -> dict[str, int]:
     return {"device": index, "stream": torch._C._cuda_getCurrentRawStream(index)}
 
 
-def _matrix(x: Tensor | None) -> tuple[int, int, int, int] | None:
+def matrix(x: Tensor | None) -> tuple[int, int, int, int] | None:
     """kernels.h's Matrix; of K_a and K_b stacked, the first."""
     return None if x is None else (x.data_ptr(), *x.stride()[-2:], DTYPES[x.dtype])
 

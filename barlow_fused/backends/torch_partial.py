@@ -41,6 +41,7 @@ from .torch_backend import (
     _matmul_t,
     _slabs,
 )
+from .triton_kernels import configs
 
 
 class Segments(NamedTuple):
@@ -147,6 +148,18 @@ class View:
         return (self.var * self.rstd.square()).mul_(counts)
 
 
+class KeptView(View):
+    """A view whose standardised features are kept, in the dtype that a GPU's kernels multiply."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        self.product_dtype = configs.compute_dtype(*self.z.shape, self.z.dtype, self.normalization is not None)
+
+    @functools.cached_property
+    def hat(self) -> Tensor:  # [N, D]
+        return self.slab(slice(None)).to(self.product_dtype)
+
+
 def partial_gram(view: View, total_d: int) -> tuple[Tensor, Tensor]:
     """K = X_hat X_hat^T less its bulk (torch_backend._bulk), summed over the features that are here; N^2 D FLOPs.
 
@@ -168,6 +181,18 @@ def partial_gram(view: View, total_d: int) -> tuple[Tensor, Tensor]:
                     panel.diagonal(start).sub_(view.rows(part[:, None]).expand(n, 1)[start:stop, 0])
             if bulk:
                 tau += part
+    return flat, tau
+
+
+def without_bulk(flat: Tensor, view: KeptView) -> tuple[Tensor, Tensor]:
+    """partial_gram's results, from K's panels: the bulk is w D of a segment with the weight w, its diagonal's mean."""
+    n, d = view.z.shape
+    bulk = [0.0 if view.normalization is None else weight * d for weight in view.segments.weights]
+    tau = torch.tensor(bulk, dtype=torch.float64, device=flat.device)
+    if view.normalization is not None:
+        of_rows = view.rows(tau[:, None].to(flat.dtype)).expand(n, 1)[:, 0]
+        for start, stop, panel in panels(flat, n):
+            panel.diagonal(start).sub_(of_rows[start:stop])
     return flat, tau
 
 

@@ -12,14 +12,22 @@ normalisation's backward pass) is PyTorch's: a rank has a P-th of it.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
-from . import Weights, torch_partial, triton_backend
+from . import Weights, triton_backend
 from .torch_backend import PANEL
-from .torch_partial import Result, Segments, diagonal, join_gram, moments, panel_sizes, panels, through_normalization
+from .torch_partial import KeptView as View
+from .torch_partial import (
+    Result,
+    Segments,
+    diagonal,
+    join_gram,
+    moments,
+    panel_sizes,
+    through_normalization,
+    without_bulk,
+)
 from .triton_backend import Normalized
 from .triton_kernels import blocks, configs
 from .triton_kernels.configs import precision_of
@@ -30,20 +38,8 @@ __all__ = ["Segments", "View", "diagonal", "input_grad", "join_gram", "moments",
 _ALL = slice(None)
 
 
-class View(torch_partial.View):
-    """A view whose standardised features are kept, in the dtype that is multiplied."""
-
-    def __init__(self, *args: object) -> None:
-        super().__init__(*args)
-        self.product_dtype = configs.compute_dtype(*self.z.shape, self.z.dtype, self.normalization is not None)
-
-    @functools.cached_property
-    def hat(self) -> Tensor:  # [N, D]
-        return self.slab(_ALL).to(self.product_dtype)
-
-
 def partial_gram(view: View, total_d: int) -> tuple[Tensor, Tensor]:
-    """K less its bulk, as torch_partial's; the bulk is w D of a segment with the weight w, the mean of K's diagonal."""
+    """K less its bulk, as torch_partial's."""
     n, d = view.z.shape
     precision, chip = precision_of(view.hat.dtype), configs.chip(view.z.device)
     tile = chip.gram(n, view.hat.dtype)
@@ -63,13 +59,7 @@ def partial_gram(view: View, total_d: int) -> tuple[Tensor, Tensor]:
             **tile.options(),
         )
     flat = partials.sum(0) if split > 1 else partials[0]
-    bulk = [0.0 if view.normalization is None else weight * d for weight in view.segments.weights]
-    tau = torch.tensor(bulk, dtype=torch.float64, device=flat.device)
-    if view.normalization is not None:
-        of_rows = view.rows(tau[:, None].to(flat.dtype)).expand(n, 1)[:, 0]
-        for start, stop, panel in panels(flat, n):
-            panel.diagonal(start).sub_(of_rows[start:stop])
-    return flat, tau
+    return without_bulk(flat, view)
 
 
 def partial_correlate(a: View, b: View) -> Tensor:  # [D, D]

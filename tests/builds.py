@@ -1,0 +1,71 @@
+"""Builds of the CUDA kernels for the tests, by CMake alone, in build/: what has not changed is not compiled again."""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import importlib.util
+import pathlib
+import shutil
+import subprocess
+import sys
+import sysconfig
+from types import ModuleType
+
+import pytest
+
+from barlow_fused import nvcc
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+PYTHON = f"-DPython_EXECUTABLE={sys.executable}"
+
+
+def tool(name: str) -> str | None:
+    """A program of this environment, or of the system."""
+    return shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+
+
+def cmake(source: pathlib.Path, folder: pathlib.Path, *options: str) -> str:
+    """Configures and builds; what CMake printed, where it failed the test with it."""
+    ninja = tool("ninja")
+    generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
+    configure = [tool("cmake"), "--fresh", "-S", source, "-B", folder, PYTHON, *generator, *options]
+    folder.mkdir(parents=True, exist_ok=True)
+    printed = ""
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another run of the tests may be at it
+        for command in (configure, [tool("cmake"), "--build", folder, "--parallel"]):
+            done = subprocess.run(command, capture_output=True, text=True)
+            printed += done.stdout + done.stderr
+            assert done.returncode == 0, printed[-6000:]
+    return printed
+
+
+@functools.cache
+def emulated(sanitize: bool = False) -> pathlib.Path:
+    """The module of kernels for the CPU."""
+    if tool("c++") is None:
+        pytest.skip("needs a C++ compiler")
+    folder = ROOT / "build" / ("emulated-sanitized" if sanitize else "emulated")
+    cmake(ROOT, folder, "-DBARLOW_EMULATION=ON", f"-DBARLOW_SANITIZE={'ON' if sanitize else 'OFF'}")
+    return folder / f"_cuda_emulated{SUFFIX}"
+
+
+@functools.cache
+def compiled() -> tuple[pathlib.Path, str]:
+    """The module of kernels for GPUs, in setup.py's folder, and what the build printed."""
+    reason = nvcc.why_not(nvcc.find())
+    if reason is not None:
+        pytest.skip(f"needs nvcc: {reason}")
+    folder = ROOT / "build" / f"cuda-{sysconfig.get_config_var('SOABI')}"
+    printed = cmake(ROOT, folder)
+    return folder / f"_cuda{SUFFIX}", printed
+
+
+def load(path: pathlib.Path) -> ModuleType:
+    """An extension module from its file."""
+    spec = importlib.util.spec_from_file_location(path.name.partition(".")[0], path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
