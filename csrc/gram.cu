@@ -59,18 +59,22 @@ GramPlan plan_gram(int n, int d, DType dtype, Precision precision, int device) {
   // A block takes as many steps as its slice has and about 8 more to start, store and hand over; a tile's last phase
   // takes about 2 a slice. The multiprocessors take the blocks in waves.
   int64_t works = 2LL * plan.tiles, workers = device_info(device).multiprocessors;
-  int least = 1;
-  if (hopper) {
-    least = smaller(ceil_div(steps, promote_products / 64), max_split);  // no second accumulator: short sums
-    if (n > hopper_gram_many_rows) {                                     // clusters of two blocks, squares of 256
+  int least = 1, blocks = 1;  // blocks that share a slice
+  if (hopper && plan.block == 128) {
+    if (n > hopper_gram_many_rows) {  // clusters of two blocks, squares of 256
       works = 1LL * ceil_div(rows, 2) * (ceil_div(rows, 2) + 1);
       workers /= 2;
+    } else {
+      blocks = hopper_gram_pieces;
+      workers = larger<int64_t>(1, workers / blocks);
+      plan.tiles *= blocks;
     }
+    least = smaller(ceil_div(steps, blocks * promote_products / 64), max_split);  // no second accumulator: short sums
   }
   int64_t best = INT64_MAX;
   for (int split = least; split <= larger(least, most); ++split) {
     const int64_t waves = ceil_div(works * split, workers);
-    const int64_t time = waves * (ceil_div(steps, split) + 8) + 2 * split;
+    const int64_t time = waves * (ceil_div(ceil_div(steps, split), blocks) + 8) + ceil_div(2 * split, blocks);
     if (time < best) {
       best = time;
       plan.steps = ceil_div(steps, split);

@@ -33,34 +33,33 @@ BARLOW_DEVICE void lower_triangle_tile(int tile, int& row, int& column) {
   column = tile - row * (row + 1) / 2;
 }
 
-// Everything after the product of one (tile, view, slice), by the team whose registers hold it.
-// Product: Multiply, or what has its names. shared: 512 bytes of shared memory.
+// Where this thread's part of a partial tile lies, a fragment every Team::threads: the partials are
+// [split, 2, tiles, fragments, threads] of four floats.
 template <class Product>
-BARLOW_DEVICE void finish_gram(const Gram& p, int tiles, int tile, int view, int part, int row, int column,
-                               const typename Product::Accumulator& acc, char* shared) {
+BARLOW_DEVICE Vec16* partial_tile(const Gram& p, int tiles, int tile, int view, int part) {
+  constexpr int tile_size = Product::ROWS * Product::COLUMNS * Product::Team::threads;
+  return reinterpret_cast<Vec16*>(p.partials) + ((part * 2 + view) * static_cast<int64_t>(tiles) + tile) * tile_size +
+         thread();
+}
+
+// When one (tile, view, slice) stands in the partials, or one of PIECES equal numbers of its fragments: the last to come
+// here adds up the slices of both views. shared: 512 bytes of shared memory.
+template <class Product, int PIECES>
+BARLOW_DEVICE void complete_gram(const Gram& p, int tiles, int tile, int piece, int row, int column, char* shared) {
   using T = typename Product::T;
   using Team = typename Product::Team;
-  constexpr int fragments = Product::ROWS * Product::COLUMNS;
-  // [split, 2, tiles, fragments, threads] of four floats.
-  Vec16* const partials = reinterpret_cast<Vec16*>(p.partials) + thread();
-  const int64_t tile_size = fragments * Team::threads;
-  Vec16* const mine = partials + ((part * 2 + view) * static_cast<int64_t>(tiles) + tile) * tile_size;
-#pragma unroll
-  for (int i = 0; i < Product::ROWS; ++i) {
-#pragma unroll
-    for (int j = 0; j < Product::COLUMNS; ++j) {
-      store(mine + (i * Product::COLUMNS + j) * Team::threads, pack(acc[i][j], 0.f));
-    }
-  }
+  constexpr int fragments = Product::ROWS * Product::COLUMNS / PIECES;
   double* const scratch = reinterpret_cast<double*>(shared);
   int* const ticket = reinterpret_cast<int*>(scratch + Team::threads / 32);
-  if (!last_to_arrive<Team>(p.counters + tile, 2 * p.split, ticket)) return;
+  const int id = tile * PIECES + piece, all = tiles * PIECES;
+  if (!last_to_arrive<Team>(p.counters + id, 2 * p.split, ticket)) return;
 
   double sum = 0;
-  const int64_t view_size = tiles * tile_size;
+  const Vec16* const first = partial_tile<Product>(p, tiles, tile, 0, 0);
+  const int64_t view_size = partial_tile<Product>(p, tiles, tile, 1, 0) - first;
 #pragma unroll 1
-  for (int f = 0; f < fragments; ++f) {
-    const Vec16* from = partials + tile * tile_size + f * Team::threads;
+  for (int f = piece * fragments; f < (piece + 1) * fragments; ++f) {
+    const Vec16* from = first + f * Team::threads;
     float k_a[4] = {0.f, 0.f, 0.f, 0.f}, k_b[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll 4
     for (int s = 0; s < p.split; ++s) {
@@ -93,13 +92,29 @@ BARLOW_DEVICE void finish_gram(const Gram& p, int tiles, int tile, int view, int
     }
   }
   sum = block_sum<Team>(sum, scratch);
-  if (thread() == 0) p.inner[tile] = sum;
+  if (thread() == 0) p.inner[id] = sum;
 
-  if (!last_to_arrive<Team>(p.counters + tiles, tiles, ticket)) return;
-  const double inner = sum_of<Team>(p.inner, tiles, scratch);               // <K_a, K_b>
+  if (!last_to_arrive<Team>(p.counters + all, all, ticket)) return;
+  const double inner = sum_of<Team>(p.inner, all, scratch);                 // <K_a, K_b>
   const double squares = sum_of<Team>(p.sums + p.slabs, p.slabs, scratch);  // of C_ii
   const double off_sum = inner / (static_cast<double>(p.n) * p.n) - squares;
   store_terms<Team>(off_sum, p.sums, p.slabs, p.lambd, p.scale, p.loss, p.on_diag, p.off_diag, scratch);
+}
+
+// Everything after the product of one (tile, view, slice), by the team whose registers hold it.
+// Product: Multiply, or what has its names.
+template <class Product>
+BARLOW_DEVICE void finish_gram(const Gram& p, int tiles, int tile, int view, int part, int row, int column,
+                               const typename Product::Accumulator& acc, char* shared) {
+  Vec16* const to = partial_tile<Product>(p, tiles, tile, view, part);
+#pragma unroll
+  for (int i = 0; i < Product::ROWS; ++i) {
+#pragma unroll
+    for (int j = 0; j < Product::COLUMNS; ++j) {
+      store(to + (i * Product::COLUMNS + j) * Product::Team::threads, pack(acc[i][j], 0.f));
+    }
+  }
+  complete_gram<Product, 1>(p, tiles, tile, 0, row, column, shared);
 }
 
 // The kernel on any GPU from sm_80.

@@ -19,6 +19,7 @@ template <class T>
 struct CorrelateJob {
   using Product = HopperMultiply<T, 256, 4, 2, false, false>;
   using Place = typename Product::Place;
+  static constexpr int cluster = Product::CLUSTER;
   struct Params {
     TensorMap raw[2], hat[2];  // of each view
     Correlate p;

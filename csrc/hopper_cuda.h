@@ -18,6 +18,9 @@ BARLOW_DEVICE void mbarrier_arrive_expect(uint64_t* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
+BARLOW_DEVICE void mbarrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
 // Arrives at the barrier of the same address in a block of the cluster.
 BARLOW_DEVICE void mbarrier_arrive(uint64_t* barrier, int rank) {
   asm volatile(
@@ -164,7 +167,7 @@ BARLOW_DEVICE int cluster_rank() {
 BARLOW_DEVICE void cluster_barrier() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
-// The number at the same address in another block of the cluster.
+// What lies at the same address in a block of the cluster.
 BARLOW_DEVICE float load_from_block(const float* p, int rank) {
   float x;
   asm volatile(
@@ -174,6 +177,17 @@ BARLOW_DEVICE float load_from_block(const float* p, int rank) {
       : "r"(shared_address(p)), "r"(rank)
       : "memory");
   return x;
+}
+
+BARLOW_DEVICE Vec16 load_from_block(const Vec16* p, int rank) {
+  Vec16 v;
+  asm volatile(
+      "{ .reg .b32 remote; mapa.shared::cluster.u32 remote, %4, %5;\n"
+      "ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [remote]; }"
+      : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+      : "r"(shared_address(p)), "r"(rank)
+      : "memory");
+  return v;
 }
 
 // ---- The host's side ------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ template <class T, int CLUSTER, bool WALK>
 struct GramGradJob {
   using Product = HopperMultiply<T, 256, 4, CLUSTER, true, false>;
   using Place = typename Product::Place;
+  static constexpr int cluster = Product::CLUSTER;
   struct Params {
     TensorMap k[2], hat[2], own[2];  // of each view: K of the other, and itself
     InputGrad p;

@@ -70,7 +70,9 @@ struct HopperMultiply {
     }
   };
 
-  // All threads, first and last. Nobody may leave whose shared memory others still copy to or arrive at.
+  // All threads, first and last. BLOCKS: of a cluster, CLUSTER or, where they do not share b, more. Nobody may leave
+  // whose shared memory others still copy to, read or arrive at.
+  template <int BLOCKS>
   static BARLOW_DEVICE void begin() {
     if (thread() == 0) {
       for (int s = 0; s < STAGES; ++s) {
@@ -79,10 +81,15 @@ struct HopperMultiply {
       }
       mbarrier_fence_init();
     }
-    meet();
+    if constexpr (BLOCKS > 1) {
+      cluster_barrier();
+    } else {
+      barrier();
+    }
   }
+  template <int BLOCKS>
   static BARLOW_DEVICE void end() {
-    if constexpr (CLUSTER > 1) meet();
+    if constexpr (BLOCKS > 1) cluster_barrier();
   }
 
   // The producer's part of a tile: one thread.
@@ -169,14 +176,6 @@ struct HopperMultiply {
   }
   static BARLOW_DEVICE uint64_t* empty(int stage) { return full(STAGES + stage); }
 
-  static BARLOW_DEVICE void meet() {
-    if constexpr (CLUSTER > 1) {
-      cluster_barrier();
-    } else {
-      barrier();
-    }
-  }
-
   static BARLOW_DEVICE void copy_part(char* to, const TensorMap& map, int row, int column, uint64_t* arrived) {
     if constexpr (CLUSTER > 1) {
       copy_box_to_all<CLUSTER>(to, map, row, column, arrived);
@@ -203,7 +202,11 @@ struct HopperMultiply {
 
   // This warp has read a stage: every block that copies to it must know.
   static BARLOW_DEVICE void release(int stage) {
-    if (lane() < CLUSTER) mbarrier_arrive(empty(stage), lane());
+    if constexpr (CLUSTER > 1) {
+      if (lane() < CLUSTER) mbarrier_arrive(empty(stage), lane());
+    } else {
+      if (lane() == 0) mbarrier_arrive(empty(stage));
+    }
   }
 };
 
@@ -226,6 +229,7 @@ struct ColumnsOf {
 //
 //     struct Job {
 //       using Product;
+//       static constexpr int cluster;                     // blocks: Product::CLUSTER or, where they share nothing, more
 //       struct Params { ...; int works; };
 //       BARLOW_DEVICE Job(const Params&);                 // by every thread
 //       BARLOW_DEVICE void produce(Place&, int work);     // by the producer warp; what it loads, lane 0 loads
@@ -240,13 +244,13 @@ struct HopperKernel {
   using Product = typename Job::Product;
   using Params = typename Job::Params;
   static constexpr const char* name = Job::name;
-  static constexpr int threads = Product::threads, cluster = Product::CLUSTER;
+  static constexpr int threads = Product::threads, cluster = Job::cluster;
   static constexpr int shared_bytes = Product::shared_bytes + Job::epilogue_bytes;
   static_assert(shared_bytes <= 227 * 1024, "fits a multiprocessor");
 
   static BARLOW_DEVICE void run(const Params& params) {
     Job job(params);
-    Product::begin();
+    Product::template begin<cluster>();
     const int first = block_id() / cluster, step = grid_size() / cluster;
     typename Product::Place place;
     if (thread() >= Consumers::threads) {
@@ -261,7 +265,7 @@ struct HopperKernel {
       more_registers<232>();
       for (int work = first; work < params.works; work += step) job.consume(place, work);
     }
-    Product::end();
+    Product::template end<cluster>();
   }
 };
 

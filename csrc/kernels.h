@@ -122,7 +122,7 @@ struct NormalizePlan {
 };
 struct GramPlan {
   int block;         // rows and columns of a tile
-  int tiles;         // of the lower triangle
+  int tiles;         // of the lower triangle, or pieces of them that are counted on their own
   int split;         // slices of D
   int steps;         // tiles along D in a slice
   int64_t partials;  // floats of workspace

@@ -112,6 +112,7 @@ inline void mbarrier_wait(uint64_t* barrier, int phase) {
   });
 }
 
+inline void mbarrier_arrive(uint64_t* barrier) { mbarrier_arrive(barrier, cluster_rank()); }
 inline void mbarrier_arrive_cluster(uint64_t* barrier, int rank) { mbarrier_arrive(barrier, rank); }
 inline void mbarrier_wait_cluster(uint64_t* barrier, int phase) { mbarrier_wait(barrier, phase); }
 
@@ -280,9 +281,10 @@ inline void cluster_barrier() {
   emulation::meet((block.cluster - block.rank()) * emulation::Block::block_meetings, block.current,
                   block.cluster * block.threads, "cluster_barrier", nullptr, [](auto&) {});
 }
-inline float load_from_block(const float* p, int rank) {
-  float x;
-  std::memcpy(&x, emulation::shared_at(rank, shared_address(p), 4), 4);
+template <class V>
+V load_from_block(const V* p, int rank) {
+  V x;
+  std::memcpy(static_cast<void*>(&x), emulation::shared_at(rank, shared_address(p), sizeof(V)), sizeof(V));
   return x;
 }
 
