@@ -24,7 +24,7 @@ if triton.knobs.runtime.interpret:
 
 WHOLE_TABLE = os.environ.get("BARLOW_FUSED_TEST_WHOLE_TABLE", "0") != "0"
 TENSOR_CORES = {80: r"mma\.sync", 90: r"wgmma\.mma_async|mma\.sync", 100: r"tcgen05\.mma|mma\.sync"}
-OLD_COMPILER = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)  # spills a little on sm_100
+OLD_COMPILER = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)  # spills more
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # (n, d, dtype, route, convention, precision of float32)
 EVERY_KERNEL = [
@@ -66,7 +66,9 @@ def test_compiles_onto_tensor_cores_without_spills(arch, n, d, dtype, route, con
     launches = launches_of(arch, n, d, dtype, route, CONVENTIONS[convention], precision)
     forward = 3 if route == "gram" else 4
     assert len(launches) <= forward + 2  # one launch fewer where normalize needs one phase
-    limit = 1024 if OLD_COMPILER and arch == 100 else 0 if d % 16 == 0 else 512
+    limit = 0 if d % 16 == 0 else 512
+    if OLD_COMPILER and (arch == 100 or d % 16):
+        limit = 1024
     for launch in launches:
         compiled = launch.compile(arch)
         assert compiled.spilled <= limit, f"{launch.name}: {compiled.spilled} bytes of registers spilled"
