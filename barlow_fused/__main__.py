@@ -1,4 +1,4 @@
-"""The command line: ``python -m barlow_fused plan | doctor | train``, also installed as ``barlow-fused``."""
+"""The command line: ``python -m barlow_fused plan | doctor | train | evaluate``, also installed as ``barlow-fused``."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ DTYPES = ("float32", "bfloat16", "float16", "float64")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code (argparse exits by itself for ``--help`` and for wrong flags)."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ["train"]:  # the trainer has its own flags, and its own --help
-        return _train(argv[1:])
+    if argv[:1] in (["train"], ["evaluate"]):  # the trainer has its own flags, and its own --help
+        return _train(argv[0], argv[1:])
     arguments = _parser().parse_args(argv)
     return arguments.run(arguments)
 
@@ -52,7 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_doctor)
 
-    commands.add_parser("train", help="pretrain on images", add_help=False)  # for --help; main runs it
+    # for --help; main runs them
+    commands.add_parser("train", help="pretrain on images", add_help=False)
+    commands.add_parser("evaluate", help="the linear probe of a run", add_help=False)
     return parser
 
 
@@ -90,19 +92,22 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _train(argv: list[str]) -> int:
+def _train(command: str, argv: list[str]) -> int:
     try:
-        from .train import main as train
+        if command == "train":
+            from .train import main
+        else:
+            from .train.probe import main
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "barlow_fused":
             raise
         print(
-            f"barlow-fused train needs the module {error.name!r}, which is not installed: "
+            f"barlow-fused {command} needs the module {error.name!r}, which is not installed: "
             "pip install 'barlow-fused[train]'",
             file=sys.stderr,
         )
         return 1
-    return train(argv) or 0
+    return main(argv) or 0
 
 
 if __name__ == "__main__":

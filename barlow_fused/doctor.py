@@ -20,7 +20,7 @@ from .version import __version__
 
 LIBRARIES = ("torch", "triton", "numpy")
 EXTRAS = (
-    *("torchvision", "scikit-learn", "matplotlib", "rich", "tomli-w"),  # train and bench
+    *("torchvision", "timm", "scikit-learn", "matplotlib", "tensorboard", "rich", "tomli-w"),  # train and bench
     *("lightly", "monai", "solo-learn", "stable-pretraining"),  # what barlow_fused.integrations knows
 )
 VARIABLES = (

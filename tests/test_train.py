@@ -1,8 +1,8 @@
-"""The trainer: what a run writes, that it repeats, that it stops cleanly, and that pretraining gains accuracy."""
+"""The trainer: what a run writes, its configuration, that it repeats, and that pretraining gains accuracy."""
 
 import dataclasses
 import json
-import signal
+import math
 import sys
 
 import pytest
@@ -10,11 +10,15 @@ import torch
 
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
+pytest.importorskip("timm")
+pytest.importorskip("tensorboard")
 
 from rich.console import Console
 
-from barlow_fused import BarlowTwinsLoss, cross_correlation
-from barlow_fused.train import Config, data, evaluate, main, model, pictures, report, trainer
+from barlow_fused import cross_correlation
+from barlow_fused.train import Config, config, evaluate, main, model, pictures, presets, probe, report, trainer
+from barlow_fused.train.config import combine, parse_args
+from barlow_fused.train.evaluate import Accuracy, Features
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -24,8 +28,22 @@ else:
 TINY = ["--steps", "4", "--batch-size", "32", "--projector", "32-128", "--device", "cpu"]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    """Accuracies of few labels over two draws instead of twenty."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "DRAWS", 2)
+        yield
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """They take longer than a short run."""
+    monkeypatch.setattr(trainer.Monitor, "draw", lambda self: None)
+
+
 def read_metrics(run):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return trainer.read_jsonl(run / "metrics.jsonl")
 
 
 def numbers(run):
@@ -33,16 +51,11 @@ def numbers(run):
     return [{k: v for k, v in entry.items() if k != "images_per_second"} for entry in read_metrics(run)]
 
 
-def short_fit(out, **settings):
-    """The training loop alone, without the evaluation around it."""
-    settings = {"steps": 4, "batch_size": 32, "projector": "32-128", "device": "cpu", **settings}
-    config = trainer.start_run(trainer.resolve(Config(out=out, **settings)))
-    torch.manual_seed(config.seed)
-    network = model.BarlowTwins(config.projector_widths)
-    backend = "auto" if config.loss == "fused" else "reference"
-    criterion = BarlowTwinsLoss(lambd=config.lambd, backend=backend, return_terms=True)
-    images = data.load().train_images.to(torch.get_default_dtype())
-    return network, trainer.fit(network, criterion, images, config, Console(quiet=True))
+def exit_code(argv):
+    try:
+        return main(argv)
+    except SystemExit as end:  # argparse's own errors
+        return end.code
 
 
 @pytest.fixture(scope="module")
@@ -54,27 +67,25 @@ def run(tmp_path_factory):
 
 def test_a_run_writes_every_artefact(run):
     assert {path.name for path in run.iterdir()} == {
-        "checkpoint.pt",
-        "config.toml",
-        "cross_correlation.png",
-        "encoder.pt",
-        "loss.png",
-        "metrics.jsonl",
-        "results.json",
-        "views.png",
+        *("checkpoints", "config.toml", "encoder.pt", "knn.jsonl", "metrics.jsonl", "results.json", "tensorboard"),
+        *("cross_correlation.png", "knn.png", "loss.png", "spectrum.png", "views.png"),
     }
     for picture in run.glob("*.png"):
         assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_written_configuration_is_resolved(run):
-    config = tomllib.loads((run / "config.toml").read_text())
-    assert set(config) == {field.name for field in dataclasses.fields(Config)} | {"environment"}
-    assert config["steps"] == 4
-    assert config["epochs"] == 1
-    assert config["device"] == "cpu"
-    assert config["out"] == str(run)
-    assert config["environment"]["torch"] == torch.__version__
+def test_the_written_configuration_is_resolved_and_is_read_again(run):
+    text = tomllib.loads((run / "config.toml").read_text())
+    assert set(text) == {f.name for f in dataclasses.fields(Config)} - {"resume", "init"} | {"environment"}
+    assert text["steps"] == 4
+    assert text["epochs"] == 60
+    assert text["log_every"] == 1
+    assert text["image_size"] == 16
+    assert text["device"] == "cpu"
+    assert text["out"] == str(run)
+    assert text["environment"]["torch"] == torch.__version__
+    again = parse_args(["--config", str(run / "config.toml")])
+    assert {name: value for name, value in text.items() if name != "environment"} == again.to_dict()
 
 
 def test_every_step_of_a_short_run_is_logged(run):
@@ -82,94 +93,119 @@ def test_every_step_of_a_short_run_is_logged(run):
     assert [entry["step"] for entry in metrics] == [1, 2, 3, 4]
     for entry in metrics:
         assert set(entry) == {"step", "epoch", "loss", "on_diag", "off_diag", "lr", "images_per_second"}
-        assert entry["loss"] == pytest.approx(entry["on_diag"] + Config.lambd * entry["off_diag"], rel=1e-5)
+        assert entry["loss"] == pytest.approx(entry["on_diag"] + 0.0005 * entry["off_diag"], rel=1e-5)
         assert entry["epoch"] == 1
         assert entry["images_per_second"] > 0
 
 
-def test_a_long_run_is_logged_every_tenth_step(tmp_path):
-    short_fit(tmp_path, steps=201, batch_size=2, projector="8")
-    steps = [entry["step"] for entry in read_metrics(tmp_path)]
-    assert steps == [1, *range(10, 201, 10), 201]
+def test_tensorboard_has_the_same_numbers(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(run / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == [1, 2, 3, 4]
+    assert board.Scalars("train/loss")[-1].value == pytest.approx(read_metrics(run)[-1]["loss"])
+    assert board.Scalars("knn/accuracy")[-1].step == 4
 
 
-def test_the_checkpoint_and_the_encoder_load_without_pickle(run):
-    checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
-    assert checkpoint["step"] == 4
-    assert checkpoint["config"]["projector"] == "32-128"
-    network = model.BarlowTwins([32, 128])
-    network.load_state_dict(checkpoint["model"])
-    optimizer = torch.optim.AdamW(trainer.parameter_groups(network, 1e-4))
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    encoder = model.Encoder()
-    encoder.load_state_dict(torch.load(run / "encoder.pt", weights_only=True))
-    for name, tensor in encoder.state_dict().items():
-        assert torch.equal(tensor, checkpoint["model"][f"encoder.{name}"])
+def test_a_long_run_is_logged_every_tenth_step():
+    resolved = [resolve(steps=steps).log_every for steps in (200, 201)]
+    assert resolved == [1, 10]
+    assert resolve(steps=200, log_every=7).log_every == 7
+
+
+def resolve(**settings):
+    asked = combine(settings)
+    alone = trainer.Processes(0, 0, 1)
+    return trainer.resolve(asked, trainer.load_images(asked, alone), alone)
+
+
+def test_steps_stop_a_run_and_do_not_change_its_schedule():
+    spe = 1437 // 128
+    assert (resolve().steps, resolve().epochs) == (60 * spe, 60)
+    assert (resolve(steps=5).steps, resolve(steps=5).epochs) == (5, 60)
+    assert resolve(steps=61 * spe).epochs == 61
+
+
+def test_the_encoder_and_the_checkpoint_load_without_pickle(run):
+    state = torch.load(run / "checkpoints" / "step-00000004.pt", weights_only=True)
+    assert state["step"] == 4
+    assert state["config"]["projector"] == "32-128"
+    network = model.build("tiny", 1, 16, [32, 128])
+    network.load_state_dict(state["model"])
+    encoder = torch.load(run / "encoder.pt", weights_only=True)
+    assert all(tensor.equal(encoder[name]) for name, tensor in network.backbone.state_dict().items())
 
 
 def test_the_results_hold_all_accuracies(run):
     results = json.loads((run / "results.json").read_text())
-    assert set(results) == {"raw_pixels", "untrained_encoder", "pretrained_encoder"}
-    for accuracies in results.values():
-        assert set(accuracies) == set(evaluate.Accuracy._fields)
-        assert all(0 < accuracy <= 100 for accuracy in accuracies.values())
+    assert list(results) == ["raw_pixels", "untrained_encoder", "pretrained_encoder"]
+    for result in results.values():
+        assert set(result) == set(Accuracy._fields)
+        assert all(0 <= value <= 100 for value in result.values())
+    knn = trainer.read_jsonl(run / "knn.jsonl")
+    assert [entry["step"] for entry in knn] == [0, 4]
+    assert [entry["knn"] for entry in knn] == [
+        results[f"{which}_encoder"]["knn_all"] for which in ("untrained", "pretrained")
+    ]
 
 
-def test_what_is_printed_fits_80_columns_and_says_where_the_run_is(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    accuracy = evaluate.Accuracy(*(4 * [100.0]))
-    report.print_gain(Console(), accuracy, accuracy._replace(knn_few=1.0), accuracy, 1437, 360)
+def test_the_linear_probe_of_a_run(run, capsys):
+    assert probe.main([str(run), "--epochs", "3"]) == 0
+    assert "top-1" in capsys.readouterr().out
+    result = json.loads((run / "linear_probe.json").read_text())
+    assert result["lr_classifier"] == 0.3
+    assert 100 >= result["best_top1"] >= result["top1"] > 50
+    assert result["top5"] > result["top1"]
+    classifier = torch.load(run / "linear_probe.pt", weights_only=True)
+    assert classifier["weight"].shape == (10, 128)
+
+
+def test_a_probe_of_nothing_says_so(tmp_path, capsys):
+    assert probe.main([str(tmp_path)]) == 2
+    assert str(tmp_path / "config.toml") in capsys.readouterr().err
+
+
+def test_the_closing_table_fits_80_columns(capsys):
+    untrained, trained = Accuracy(1.0, None, 3.0), Accuracy(100.0, None, 3.5)
+    report.print_gain(Console(width=80), {"untrained_encoder": untrained, "pretrained_encoder": trained}, 1437, 360)
     lines = capsys.readouterr().out.splitlines()
     assert all(len(line) <= 80 for line in lines)
-    assert any("+99.0" in line for line in lines)
+    assert any("+99.0" in line and "-" in line for line in lines)
     assert not any("…" in line for line in lines)
 
 
 def test_a_log_that_is_no_terminal_gets_about_ten_lines(capsys):
     entry = {"loss": 1.0, "on_diag": 1.0, "off_diag": 1.0, "images_per_second": 1.0}
-    with report.Progress(Console(force_terminal=False), 1000) as progress:
+    with report.Progress(Console(force_terminal=False), 0, 1000) as progress:
         for step in range(1, 1001):
-            progress.update(step, entry if step % 10 == 0 else None)
+            progress.update(step, entry if step % 10 == 0 else None, memory=2_500_000_000)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 10
     assert lines[-1].startswith("step 1000/1000")
+    assert "2.5 GB" in lines[-1]
 
 
-def test_the_same_seed_gives_the_same_numbers(run, tmp_path):
-    network, _ = short_fit(tmp_path / "same")
-    short_fit(tmp_path / "other", seed=1)
+def test_the_same_seed_gives_the_same_numbers(run, no_pictures, tmp_path):
+    assert main([*TINY, "--out", str(tmp_path / "same")]) == 0
+    assert main([*TINY, "--out", str(tmp_path / "other"), "--seed", "1"]) == 0
     assert numbers(tmp_path / "same") == numbers(run)
     assert numbers(tmp_path / "other") != numbers(run)
-    weights = torch.load(run / "encoder.pt", weights_only=True)
-    assert all(weights[name].equal(parameter) for name, parameter in network.encoder.named_parameters())
+    same, first = (torch.load(out / "encoder.pt", weights_only=True) for out in (tmp_path / "same", run))
+    assert all(same[name].equal(tensor) for name, tensor in first.items())
 
 
-@pytest.mark.parametrize(("dtype", "rel"), [(torch.float64, 1e-8), (torch.float32, 2e-2)])
-def test_fused_and_reference_loss_train_alike(tmp_path, dtype, rel):
-    torch.set_default_dtype(dtype)
-    try:
-        short_fit(tmp_path / "fused")
-        short_fit(tmp_path / "reference", loss="reference")
-    finally:
-        torch.set_default_dtype(torch.float32)
-    for fused, reference in zip(numbers(tmp_path / "fused"), numbers(tmp_path / "reference"), strict=True):
-        assert fused == pytest.approx(reference, rel=rel)
-
-
-def test_a_short_run_beats_the_untrained_encoder_with_few_labels(tmp_path):
-    digits = data.load()
-    config = Config(out=tmp_path, steps=60, batch_size=128, projector="256-1024", device="cpu")
-    config = trainer.start_run(trainer.resolve(config))
-    torch.manual_seed(0)
-    network = model.BarlowTwins(config.projector_widths)
-    model.set_batch_norm_statistics(network, data.enlarge(digits.train_images))
-    before = trainer.accuracy(network, digits, torch.device("cpu"))
-    criterion = BarlowTwinsLoss(lambd=0.005, return_terms=True)
-    metrics = trainer.fit(network, criterion, digits.train_images, config, Console(quiet=True))
-    after = trainer.accuracy(network, digits, torch.device("cpu"))
+def test_a_short_run_beats_the_untrained_encoder(no_pictures, tmp_path):
+    assert main(["--steps", "60", "--projector", "256-1024", "--lambd", "0.005", "--out", str(tmp_path)]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    before, after = results["untrained_encoder"], results["pretrained_encoder"]
+    metrics = read_metrics(tmp_path)
     assert metrics[-1]["loss"] < 0.7 * metrics[0]["loss"]
-    assert after.knn_few > before.knn_few + 5
-    assert after.probe_few > before.probe_few + 3
+    assert after["knn_few"] > before["knn_few"] + 5
+    assert after["probe_few"] > before["probe_few"] + 3
+
+
+# The configuration
 
 
 @pytest.mark.parametrize(
@@ -180,30 +216,104 @@ def test_a_short_run_beats_the_untrained_encoder_with_few_labels(tmp_path):
         ("--epochs", "-1"),
         ("--batch-size", "1"),
         ("--batch-size", "1438"),
+        ("--accumulate", "3"),
+        ("--accumulate", "128"),
         ("--projector", "512-"),
         ("--projector", "512-0"),
         ("--lambd", "-1"),
         ("--lambd", "nan"),
-        ("--lr", "0"),
-        ("--lr", "inf"),
+        ("--lr-weights", "0"),
+        ("--lr-biases", "inf"),
         ("--weight-decay", "-1"),
         ("--seed", "-1"),
         ("--loss", "unfused"),
         ("--device", "tpu"),
+        ("--preset", "none"),
+        ("--data", "mnist"),
+        ("--backbone", "resnet19"),
+        ("--image-size", "4"),
+        ("--config", "nowhere.toml"),
+        ("--resume", "nowhere"),
+        ("--init", "nowhere.pth"),
     ],
 )
 def test_a_bad_flag_is_named_with_code_2(flag, value, tmp_path, capsys):
     assert exit_code([flag, value, "--out", str(tmp_path / "run")]) == 2
     message = capsys.readouterr().err.splitlines()[-1]
-    assert flag in message
+    assert flag in message or value in message
     assert value in message
     assert not (tmp_path / "run").exists()
+
+
+def test_a_value_comes_from_flags_then_the_file_then_the_preset(tmp_path):
+    path = tmp_path / "settings.toml"
+    path.write_text('preset = "cifar-resnet18"\nepochs = 7\nseed = 3\nlr_weights = 1\n')
+    got = parse_args(["--config", str(path), "--seed", "5"])
+    assert (got.seed, got.epochs, got.backbone, got.lr_weights) == (5, 7, "resnet18", 1.0)
+    assert parse_args(["--config", str(path), "--preset", "digits"]).backbone == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("colour = 1", "no setting 'colour'"),
+        ("epochs = 'ten'", "epochs must be a int"),
+        ("epochs = true", "epochs must be a int"),
+        ("epochs", "not TOML"),
+    ],
+)
+def test_a_bad_file_is_answered_by_one_sentence(text, message, tmp_path, capsys):
+    (tmp_path / "bad.toml").write_text(text)
+    assert exit_code(["--config", str(tmp_path / "bad.toml")]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_preset_follows_the_data_unless_it_is_named():
+    assert combine({}).preset == "digits"
+    assert combine({"data": "cifar100"}).backbone == "resnet18"
+    assert combine({"data": "imagefolder:x"}).projector == "8192-8192-8192"
+    assert combine({"data": "cifar10", "preset": "digits"}).backbone == "tiny"
+
+
+def test_the_official_preset_is_the_official_main_py():
+    got = combine({"preset": "official-resnet50"})
+    assert got.epochs == 1000
+    assert got.batch_size == 2048
+    assert got.lr_weights == 0.2
+    assert got.lr_biases == 0.0048
+    assert got.weight_decay == 1e-6
+    assert got.lambd == 0.0051
+    assert got.projector_widths == [8192, 8192, 8192]
+    assert (got.optimizer, got.momentum, got.trust_coefficient) == ("lars", 0.9, 0.001)
+    assert (got.gradient, got.sync_batch_norm, got.warmup_epochs) == ("official", True, 10)
+    assert (got.backbone, got.image_size, got.stem, got.augmentation) == ("resnet50", 224, "full", "official")
+
+
+def test_every_setting_is_in_help_and_in_a_named_group(capsys):
+    assert exit_code(["--help"]) == 0
+    out = capsys.readouterr().out
+    for name in config.FIELDS:
+        assert config.flag_name(name) in out or f"--[no-]{name}" in out
+    assert all(section.__doc__ in out for section in config.SECTIONS)
+
+
+SMALL = ["--batch-size", "4", "--image-size", "16", "--projector", "64-64-64", "--workers", "0", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("preset", presets.PRESETS)
+def test_two_steps_of_every_preset_on_fake_images(preset, no_pictures, tmp_path):
+    argv = ["--preset", preset, "--data", "fake", "--steps", "2", "--out", str(tmp_path), *SMALL]
+    assert main(argv) == 0
+    metrics = read_metrics(tmp_path)
+    assert [entry["step"] for entry in metrics] == [1, 2]
+    assert all(math.isfinite(entry["loss"]) for entry in metrics)
+    assert not (tmp_path / "results.json").exists()  # fake images have no labels
 
 
 def test_a_run_is_never_overwritten(run, tmp_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in run.iterdir()}
     assert exit_code([*TINY, "--out", str(run)]) == 2
-    assert "--out" in capsys.readouterr().err
+    assert "--resume" in capsys.readouterr().err
     assert before == {path: path.stat().st_mtime_ns for path in run.iterdir()}
     (tmp_path / "file").touch()
     assert exit_code([*TINY, "--out", str(tmp_path / "file")]) == 2
@@ -216,140 +326,29 @@ def test_a_missing_gpu_is_said_with_code_2(tmp_path, capsys):
     assert "--device" in capsys.readouterr().err
 
 
-def exit_code(argv):
-    try:
-        return main(argv)
-    except SystemExit as end:  # argparse's own errors
-        return end.code
-
-
 def test_two_runs_in_one_second_get_two_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(trainer.time, "strftime", lambda pattern: "digits-now")
-    outs = [trainer.start_run(trainer.resolve(Config(steps=1))).out for _ in range(3)]
+    alone = trainer.Processes(0, 0, 1)
+    outs = [trainer.start_run(resolve(steps=1), None, alone).out for _ in range(3)]
     assert len(set(outs)) == 3
     assert all((out / "config.toml").is_file() for out in outs)
 
 
-def test_a_run_that_diverges_stops_with_a_message_and_keeps_its_state(tmp_path, capsys):
-    assert main([*TINY, "--out", str(tmp_path), "--lr", "1e38"]) == 1
-    message = capsys.readouterr().err
-    assert "step 2" in message
-    assert "checkpoint.pt" in message
-    good = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert good["step"] == 0
-    assert all(tensor.isfinite().all() for tensor in good["model"].values())
-    assert torch.load(tmp_path / "diverged.pt", weights_only=True)["step"] == 1
-    assert [entry["step"] for entry in read_metrics(tmp_path)] == [1]
-
-
-def test_weights_that_are_not_finite_are_never_the_last_good_checkpoint(tmp_path):
-    with pytest.raises(trainer.DivergedError, match="weight is NaN or infinite after step 1"):
-        short_fit(tmp_path, steps=1, lr=1e38, weight_decay=1e38)
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 0
-
-
-@pytest.fixture
-def signal_in_step_3(monkeypatch):
-    """Raises a signal amid the third step of a run of 32 images a step."""
-    two_views = data.two_views
-
-    def set_up(signum):
-        def interrupted_views(images, seed, step):
-            if step == 2 and len(images) == 32:
-                signal.raise_signal(signum)
-            return two_views(images, seed, step)
-
-        monkeypatch.setattr(data, "two_views", interrupted_views)
-
-    return set_up
-
-
-def test_ctrl_c_finishes_the_step_and_writes_a_checkpoint(signal_in_step_3, tmp_path, capsys):
-    signal_in_step_3(signal.SIGINT)
-    assert main([*TINY, "--out", str(tmp_path)]) == 130
-    assert "SIGINT after step 3" in capsys.readouterr().err
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 3
-    assert len(read_metrics(tmp_path)) == 3
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_sigterm_does_the_same(signal_in_step_3, tmp_path):
-    signal_in_step_3(signal.SIGTERM)
-    with pytest.raises(trainer.Interrupted, match="SIGTERM after step 3") as stopped:
-        short_fit(tmp_path)
-    assert stopped.value.signum == signal.SIGTERM
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 3
-
-
-def test_a_second_ctrl_c_stops_at_once():
-    with trainer.StopSignals() as signals:
-        signal.raise_signal(signal.SIGINT)
-        assert signals.received == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-
-
-def test_saving_is_atomic(tmp_path, monkeypatch):
-    path = tmp_path / "checkpoint.pt"
-    trainer.save({"step": 1}, path)
-
-    def fail(contents, file):
-        file.write(b"half a file")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
-        trainer.save({"step": 2}, path)
-    monkeypatch.undo()
-    assert torch.load(path, weights_only=True) == {"step": 1}
-
-
-def test_the_split_holds_out_images_that_training_never_sees():
-    digits = data.load()
-    assert len(digits.train_images) == data.TRAIN_IMAGES
-    assert len(digits.test_images) == data.TEST_IMAGES
-    assert digits.test_labels.bincount().min() >= 34
-    train = {image.numpy().tobytes() for image in digits.train_images}
-    assert not any(image.numpy().tobytes() in train for image in digits.test_images)
-
-
-def test_an_epoch_sees_each_image_once():
-    images = torch.arange(100)
-    epoch = torch.cat([data.random_batch(images, 10, seed=0, step=step) for step in range(10)])
-    assert epoch.sort().values.equal(images)
-    next_epoch = torch.cat([data.random_batch(images, 10, seed=0, step=step) for step in range(10, 20)])
-    assert not next_epoch.equal(epoch)
-
-
-def test_each_image_of_a_batch_gets_its_own_view():
-    image = data.load().train_images[:1]
-    view_a, view_b = data.two_views(image.expand(8, -1, -1, -1), seed=0, step=0)
-    views = torch.cat([view_a, view_b])  # (16, 1, 16, 16)
-    distances = torch.cdist(views.flatten(1), views.flatten(1)) + torch.eye(16)
-    assert distances.min() > 0.1
-
-
-def test_batch_norm_statistics_are_those_of_the_images():
-    network = model.BarlowTwins([16, 16])
-    images = data.enlarge(data.load().train_images)
-    model.set_batch_norm_statistics(network, images)
-    features = trainer.inference(network.encoder.stem, images)
-    torch.testing.assert_close(features.mean((0, 2, 3)), torch.zeros(32), atol=1e-3, rtol=0)
-    torch.testing.assert_close(features.var((0, 2, 3)), torch.ones(32), atol=2e-2, rtol=0)
-    assert network.encoder.stem[1].momentum == 0.1
+# What is measured and drawn
 
 
 def test_knn_finds_the_label_of_the_nearest_direction():
     directions = torch.eye(10).repeat_interleave(6, dim=0)  # (60, 10), six of each class
     labels = torch.arange(10).repeat_interleave(6)
-    features = evaluate.Features(directions, labels, 3 * torch.eye(10) + 0.1, torch.arange(10))
-    assert evaluate.knn_accuracy(features, torch.arange(60)) == 100
+    features = Features(directions, labels, 3 * torch.eye(10) + 0.1, torch.arange(10))
+    assert evaluate.knn_accuracy(features, torch.arange(60), 10, 5) == 100
+    assert evaluate.knn_accuracy(features._replace(test_labels=torch.arange(10).roll(1)), torch.arange(60), 10, 5) == 0
 
 
 def test_few_labels_are_so_many_of_each_class():
-    labels = data.load().train_labels
-    draws = [evaluate.few_of_each_class(labels, draw) for draw in (0, 0, 1)]
+    labels = torch.arange(1000) % 10
+    draws = [evaluate.few_of_each_class(labels, draw, 10) for draw in (0, 0, 1)]
     assert labels[draws[0]].bincount().tolist() == [evaluate.FEW] * 10
     assert draws[0].equal(draws[1])
     assert not draws[0].equal(draws[2])
@@ -366,11 +365,14 @@ def test_the_pictured_correlations_are_those_of_the_whole_matrix():
     assert seen.block.shape == (pictures.SHOWN, pictures.SHOWN)
 
 
-def test_the_schedule_warms_up_and_falls_to_a_thousandth():
-    config = trainer.resolve(Config(steps=100, lr=1.0))
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])
-    rates = [trainer.set_learning_rate(optimizer, step, config) for step in range(1, 101)]
-    assert rates[0] == pytest.approx(0.1)
-    assert max(rates) == rates[9] == 1.0
-    assert rates[-1] == pytest.approx(0.001)
-    assert rates[9:] == sorted(rates[9:], reverse=True)
+@pytest.mark.parametrize("shape", [(200, 30), (30, 200)])
+def test_the_pictured_spectrum_is_the_covariance_matrix_s(shape):
+    x = torch.randn(shape).double() + 5
+    seen = pictures.spectrum(x)
+    expected = torch.linalg.eigvalsh(torch.cov(x.T)).flip(0)
+    expected /= expected.sum()
+    torch.testing.assert_close(seen.shares[:30], expected[:30], atol=1e-12, rtol=0)
+    one_of_many = pictures.Spectrum(torch.tensor([1.0, 0.0, 0.0]))
+    all_alike = pictures.Spectrum(torch.full((8,), 1 / 8))
+    assert one_of_many.effective_rank == pytest.approx(1)
+    assert all_alike.effective_rank == pytest.approx(8)

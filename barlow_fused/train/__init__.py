@@ -1,9 +1,10 @@
-"""The reference trainer: Barlow Twins pretraining of an encoder with a very wide projector, on real images.
+"""The reference trainer: Barlow Twins pretraining with a very wide projector, from handwritten digits to ImageNet.
 
 ``python -m barlow_fused train`` runs it. One idea a file, in the order of reading: ``trainer.py`` (the run from start
-to end), ``config.py`` (its flags), ``data.py`` (the images and their views), ``model.py`` (encoder and projector),
-``evaluate.py`` (k-nearest-neighbour and linear-probe accuracy), ``report.py`` (what is printed), ``pictures.py``.
-It needs the extra: ``pip install 'barlow-fused[train]'``.
+to end), ``step.py`` (one optimiser step), ``config.py`` and ``presets.py`` (the flags), ``datasets.py``, ``augment.py``
+and ``loader.py`` (the images, their views, who sees which when), ``model.py``, ``optim.py``, ``processes.py`` (several
+of them), ``checkpoint.py``, ``evaluate.py`` (k-nearest neighbours), ``probe.py`` (the linear probe), ``report.py``
+(what is printed), ``pictures.py``. It needs the extra: ``pip install 'barlow-fused[train]'``.
 """
 
 from .config import Config

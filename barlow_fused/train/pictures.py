@@ -1,4 +1,4 @@
-"""The pictures of a run: its loss curve, its views, and the cross-correlation matrix before and after."""
+"""The pictures of a run: its loss and k-NN curves, its views, and what the projections look like before and after."""
 
 from __future__ import annotations
 
@@ -25,14 +25,72 @@ class Correlations(NamedTuple):
     diagonal: Tensor  # [D] C_ii, every feature
     histogram: Tensor  # [bins] how often each value occurs off the diagonal of the sampled features
     off_diag_rms: float  # sqrt(mean of C_ij^2, i != j) of the sampled features
-    effective_rank: (
-        float  # (tr C)^2 / |C|_F^2 of the sampled features: a lower bound of rank(C), so of the projections'
-    )
+    effective_rank: float  # (tr C)^2 / |C|_F^2 of the sampled features: a lower bound of rank(C)
     features: int  # D
     samples: int  # N
 
 
 BINS = 201  # of the histogram, over [-1, 1]
+
+
+class Spectrum(NamedTuple):
+    """The eigenvalues of a covariance matrix, as shares of their sum, largest first."""
+
+    shares: Tensor  # [min(N, D)]
+
+    @property
+    def effective_rank(self) -> float:
+        """exp of the shares' entropy (Roy and Vetterli 2007; RankMe): how many dimensions are in use."""
+        return torch.special.entr(self.shares).sum().exp().item()
+
+
+@torch.no_grad()
+def spectrum(x: Tensor) -> Spectrum:  # [N, D]
+    """How the variance of samples is spread over the dimensions they span; from the smaller of the two products."""
+    centred = (x - x.mean(0)).double().cpu()
+    product = centred @ centred.T if len(x) < x.shape[1] else centred.T @ centred
+    eigenvalues = torch.linalg.eigvalsh(product).flip(0).clamp_min(0)
+    return Spectrum(eigenvalues / eigenvalues.sum().clamp_min(1e-300))
+
+
+class Snapshot(NamedTuple):
+    """What the pictures of a moment of training are drawn from."""
+
+    correlations: Correlations
+    representation: Spectrum  # of the backbone's output
+    embedding: Spectrum  # of the projector's output
+
+
+def snapshot(h: Tensor, z_a: Tensor, z_b: Tensor) -> Snapshot:  # [N, F], 2 x [N, D]
+    """Reduce view a's representation and both views' embeddings to what the pictures show."""
+    return Snapshot(correlate(z_a, z_b), spectrum(h), spectrum(z_a))
+
+
+def draw_spectra(before: Snapshot, after: Snapshot, path: Path) -> None:
+    """The eigenvalue spectra of representation and embedding, before and after."""
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    figure.suptitle(f"Eigenvalues of the covariance over {after.correlations.samples} views of training images")
+    names = ("representation (backbone's output)", "embedding (projector's output)")
+    for axes, name, field in zip(figure.subplots(1, 2), names, ("representation", "embedding"), strict=True):
+        for label, color, seen in (("before", BEFORE, before), ("after", AFTER, after)):
+            spectrum: Spectrum = getattr(seen, field)
+            shown = spectrum.shares[spectrum.shares > 1e-12]
+            text = f"{label}: effective rank {spectrum.effective_rank:.1f}"
+            axes.plot(range(1, len(shown) + 1), shown.numpy(), color=color, label=text)
+        axes.set(title=name, xlabel="eigenvalue number", ylabel="share of the variance", xscale="log", yscale="log")
+        axes.grid(which="both", alpha=0.3)
+        axes.legend(loc="lower left")
+    figure.savefig(path, dpi=120)
+
+
+def draw_knn(history: Sequence[dict[str, Any]], path: Path) -> None:
+    """The accuracy of k-nearest neighbours over the epochs."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([entry["epoch"] for entry in history], [entry["knn"] for entry in history], "o-", color=AFTER)
+    axes.set(title="k-NN accuracy of the frozen backbone", xlabel="epochs of pretraining", ylabel="accuracy (%)")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
 
 
 @torch.no_grad()
@@ -42,6 +100,7 @@ def correlate(z_a: Tensor, z_b: Tensor) -> Correlations:  # [N, D], [N, D]
     Features are standardised one by one, so that a block of C is exactly the C of its features.
     """
     n, d = z_a.shape
+    z_a, z_b = (z.float() for z in (z_a, z_b))
     c = cross_correlation(*(z[:, _evenly(d, SAMPLED)] for z in (z_a, z_b)))
     off_diagonal = c[~torch.eye(len(c), dtype=torch.bool, device=c.device)]
     a_hat, b_hat = ((z - z.mean(0)) * (z.var(0, correction=0) + 1e-5).rsqrt() for z in (z_a, z_b))
@@ -104,14 +163,14 @@ def draw_loss(metrics: Sequence[dict[str, Any]], lambd: float, path: Path) -> No
     figure.savefig(path, dpi=120)
 
 
-def draw_views(images: Tensor, view_a: Tensor, view_b: Tensor, path: Path) -> None:  # [N, 1, H, W] each
-    """Some images and the two views of each that the loss pulls together."""
+def draw_views(images: Sequence[Tensor], view_a: Tensor, view_b: Tensor, path: Path) -> None:  # [C, H, W] each
+    """Some images and the two views of each that the loss pulls together, all in [0, 1]."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
-    rows: list[list[Axes]] = figure.subplots(3, len(images))
+    rows: list[list[Axes]] = figure.subplots(3, len(images), squeeze=False)
     figure.suptitle("Training images and their two views")
     for row, name, batch in zip(rows, ("image", "view a", "view b"), (images, view_a, view_b), strict=True):
         for axes, image in zip(row, batch, strict=True):
-            axes.imshow(image[0].numpy(), cmap="gray", vmin=0, vmax=1)
+            axes.imshow(image.clamp(0, 1).permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=1)
             axes.set(xticks=[], yticks=[])
         row[0].set_ylabel(name)
     figure.savefig(path, dpi=120)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
@@ -18,10 +19,10 @@ LINES = 10  # in a log that is not a terminal
 class Progress:
     """A progress bar in a terminal; elsewhere (a log file, CI) about LINES plain lines."""
 
-    def __init__(self, console: Console, total: int) -> None:
-        self.console = console
+    def __init__(self, console: Console, first: int, total: int, what: str = "step") -> None:
+        self.console, self.what = console, what
         self.total = total
-        self.lines = 0  # printed so far
+        self.lines = first * LINES // total  # printed so far
         columns = (
             MofNCompleteColumn(),
             BarColumn(bar_width=None),
@@ -29,7 +30,7 @@ class Progress:
             TimeRemainingColumn(compact=True),
         )
         self.bar = RichProgress(*columns, console=console, disable=not console.is_terminal, expand=True)
-        self.task = self.bar.add_task("", total=total)
+        self.task = self.bar.add_task("", total=total, completed=first)
 
     def __enter__(self) -> Progress:
         self.bar.start()
@@ -40,33 +41,39 @@ class Progress:
     ) -> None:
         self.bar.stop()
 
-    def update(self, step: int, metrics: dict[str, Any] | None) -> None:
-        """After each step; ``metrics`` when they were logged."""
+    def update(self, step: int, metrics: dict[str, Any] | None, memory: int = 0) -> None:
+        """After each step; ``metrics`` when they were logged, ``memory`` the most bytes of GPU memory in use so far."""
         if metrics is None:
             self.bar.update(self.task, completed=step)
             return
         text = "loss {loss:.4g} on {on_diag:.4g} off {off_diag:.2e} {images_per_second:.0f} img/s".format(**metrics)
+        if memory:
+            text += f" {memory / 1e9:.1f} GB"
+        self.show(step, text)
+
+    def show(self, step: int, text: str) -> None:
+        """Step ``step`` is done, and ``text`` is to be said about it."""
         self.bar.update(self.task, completed=step, description=text)
         if not self.console.is_terminal and step * LINES // self.total > self.lines:
             self.lines = step * LINES // self.total
-            self.console.print(f"step {step}/{self.total}  {text}", highlight=False, soft_wrap=True)
+            self.console.print(f"{self.what} {step}/{self.total}  {text}", highlight=False, soft_wrap=True)
 
 
-def print_gain(console: Console, pixels: Accuracy, before: Accuracy, after: Accuracy, train: int, test: int) -> None:
-    """The closing table: accuracies before and after pretraining, and their difference."""
-    title = f"Accuracy (%) on {test} held-out images, from {FEW} labels a class or all {train} labels"
+def print_gain(console: Console, results: dict[str, Accuracy], labelled: int, test: int) -> None:
+    """The closing table: accuracies of each representation, the last one's gain over the one before it."""
+    title = f"Accuracy (%) on {test} held-out images, from {FEW} labels a class or all {labelled}"
     table = Table(title=title, title_justify="left")
     table.add_column("frozen representation")
-    for labels in (f"{FEW} a class", "all labels"):
-        for method in ("k-NN", "linear probe"):
-            table.add_column(f"{method}\n{labels}", justify="right")
-    table.add_row("raw pixels", *_format(pixels, "{:.1f}"))
-    table.add_row("untrained encoder", *_format(before, "{:.1f}"))
-    table.add_row("pretrained encoder", *_format(after, "{:.1f}"), style="bold", end_section=True)
-    gain = [b - a for a, b in zip(before, after, strict=True)]
+    for heading in (f"k-NN\n{FEW} a class", f"linear probe\n{FEW} a class", "k-NN\nall labels"):
+        table.add_column(heading, justify="right")
+    *others, (name, after) = results.items()
+    for other, before in others:
+        table.add_row(other.replace("_", " "), *_format(before, "{:.1f}"))
+    table.add_row(name.replace("_", " "), *_format(after, "{:.1f}"), style="bold", end_section=True)
+    gain = [None if None in pair else pair[1] - pair[0] for pair in zip(before, after, strict=True)]
     table.add_row("gain of pretraining", *_format(gain, "{:+.1f}"))
     console.print(table)
 
 
-def _format(values: Any, pattern: str) -> list[str]:
-    return [pattern.format(value) for value in values]
+def _format(values: Sequence[float | None], pattern: str) -> list[str]:
+    return ["-" if value is None else pattern.format(value) for value in values]

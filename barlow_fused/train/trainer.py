@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import platform
 import signal
 import sys
@@ -19,22 +18,28 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import tomli_w
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.tensorboard import SummaryWriter
 
-from .. import BarlowTwinsLoss
 from ..version import __version__
-from . import data, pictures
+from . import augment, checkpoint, datasets, evaluate, model, optim, pictures, processes
+from .checkpoint import CheckpointError
 from .config import Config, ConfigError, parse_args
-from .evaluate import Accuracy, Features, evaluate
-from .model import BarlowTwins, set_batch_norm_statistics
+from .datasets import Images, UnreadableImageError
+from .loader import Parts, batches
+from .model import BarlowTwins
+from .pictures import Snapshot
+from .processes import Processes
 from .report import Progress, print_gain
+from .step import Stepper, autocast, criterion, to_device
 
-WARMUP = 0.1  # of the steps; the official code: 10 of 1000 epochs
 LOG_EVERY_STEP = 200  # runs of so many steps or fewer log each; longer ones every tenth
-CHECKPOINT_EVERY = 100  # steps
+SEEN = 1024  # images that the pictures are drawn from, and batch norm's first statistics
+SEEN_AT_ONCE = 128
+WIDEST_PIXELS = 4096  # numbers an image, up to which raw pixels are a representation to compare with
 
 
 class Interrupted(Exception):  # noqa: N818 - nothing is wrong
@@ -52,17 +57,20 @@ class DivergedError(Exception):
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line: train, print what was gained, and return the exit code.
 
-    0: trained; 1: the loss became NaN or infinite; 2: a bad flag; 130: Ctrl-C (128 + the signal's number).
+    0: trained; 1: the loss became NaN, an image cannot be read, the disk is full; 2: a bad flag, or data that is not
+    there; 128 + a signal's number: stopped by it, after the step under way and with its state written (Ctrl-C: 130).
     """
     config = parse_args(argv)
-    console = Console()
     try:
-        train(config, console)
+        train(config, Console())
     except ConfigError as error:
         print(f"python -m barlow_fused train: error: {error}", file=sys.stderr)
         return 2
-    except DivergedError as error:
+    except (DivergedError, CheckpointError, UnreadableImageError) as error:
         print(f"Stopped: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"Stopped: {error.filename or config.out}: {error.strerror or error}", file=sys.stderr)
         return 1
     except Interrupted as error:
         print(f"Stopped: {error}", file=sys.stderr)
@@ -75,217 +83,388 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(config: Config, console: Console) -> None:
     """Pretrain, evaluate before and after, and write everything to the run's folder."""
-    config = start_run(resolve(config))
-    run, device = config.out, torch.device(config.device)
-    digits = data.load()
+    config = dataclasses.replace(config, device=choose_device(config.device))
+    by = processes.start(config.device)
+    console.quiet |= not by.first
+    images = load_images(config, by)
+    config = resolve(config, images, by)
+    device = torch.device(config.device, by.local_rank) if config.device == "cuda" else torch.device("cpu")
+    network, origin = build(config, images, device)
+    state = checkpoint.last(config.resume, lambda text: say(console, text)) if config.resume else None
+    config = start_run(config, state, by)
 
-    torch.manual_seed(config.seed)
-    model = BarlowTwins(config.projector_widths).to(device)
-    set_batch_norm_statistics(model, data.enlarge(digits.train_images).to(device))
-    criterion = BarlowTwinsLoss(
-        lambd=config.lambd, backend="auto" if config.loss == "fused" else "reference", return_terms=True
+    weights = sum(parameter.numel() for parameter in network.parameters())
+    say(
+        console,
+        f"Run {config.out}: {config.data}, seed {config.seed}, {config.device} x {by.count}, {config.loss} loss",
     )
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    say(console, f"Run {run}: seed {config.seed}, {config.device}, {weights / 1e6:.1f} M weights, {config.loss} loss")
+    say(console, f"{config.backbone} from {origin}, {weights / 1e6:.1f} M weights")
     say(console, f"{config.steps} steps of N = {config.batch_size} images, D = {config.projector_widths[-1]} features")
 
-    before, c_before = accuracy(model, digits, device), correlations(model, digits, config)
-    metrics = fit(model, criterion, digits.train_images, config, console)
-    after, c_after = accuracy(model, digits, device), correlations(model, digits, config)
-
-    pixels = evaluate(
-        Features(digits.train_images.flatten(1), digits.train_labels, digits.test_images.flatten(1), digits.test_labels)
-    )
-    save(model.encoder.state_dict(), run / "encoder.pt")
-    results = {"raw_pixels": pixels, "untrained_encoder": before, "pretrained_encoder": after}
-    text = json.dumps({name: result._asdict() for name, result in results.items()}, indent=2)
-    (run / "results.json").write_text(text + "\n")
-    pictures.draw_loss(metrics, config.lambd, run / "loss.png")
-    pictures.draw_correlation(c_before, c_after, run / "cross_correlation.png")
-    shown = digits.train_images[:12]
-    pictures.draw_views(shown, *data.two_views(shown, config.seed, 0), run / "views.png")
-
-    print_gain(console, pixels, before, after, len(digits.train_labels), len(digits.test_labels))
-    names = ", ".join(sorted(path.name for path in run.iterdir()))
-    say(console, f"The run is in {run}: {names}")
+    monitor = Monitor(network, images, config, device, by)
+    monitor.before, before = monitor.look(), monitor.accuracy()
+    first = state["step"] if state else 0
+    with Log(config, first, by) as log:
+        if before is not None and first == 0:
+            log.write_knn(0, 0.0, before.knn_all)
+        fit(network, images, state, monitor, log, config, console, device, by)
+        after = monitor.accuracy()
+        if after is not None and first < config.steps:
+            log.write_knn(config.steps, config.steps / (len(images.train) // config.batch_size), after.knn_all)
+    pixels = monitor.pixels()
+    if by.first:
+        encoder = {name: tensor.cpu().float() for name, tensor in network.backbone.state_dict().items()}
+        checkpoint.save(encoder, config.out / "encoder.pt")
+        monitor.draw()
+        if after is not None:
+            results = {"raw_pixels": pixels, "untrained_encoder": before, "pretrained_encoder": after}
+            results = {name: result for name, result in results.items() if result is not None}
+            text = json.dumps({name: result._asdict() for name, result in results.items()}, indent=2)
+            (config.out / "results.json").write_text(text + "\n")
+            print_gain(console, results, min(config.knn_images, len(images.labelled)), len(images.test))
+        names = ", ".join(sorted(path.name for path in config.out.iterdir()))
+        say(console, f"The run is in {config.out}: {names}")
+    by.wait()
+    processes.stop()
 
 
 def fit(
-    model: BarlowTwins, criterion: BarlowTwinsLoss, images: Tensor, config: Config, console: Console
-) -> list[dict[str, Any]]:
-    """The training loop: ``config.steps`` optimiser steps. Returns the metrics that it logged.
+    network: BarlowTwins,
+    images: Images,
+    state: dict[str, Any] | None,
+    monitor: Monitor,
+    log: Log,
+    config: Config,
+    console: Console,
+    device: torch.device,
+    by: Processes,
+) -> None:
+    """The training loop: from ``state`` (None: the beginning) to ``config.steps`` optimiser steps.
 
     Raises:
         DivergedError: a loss or a weight is NaN or infinite.
         Interrupted: a signal came; the step under way was finished.
+        UnreadableImageError, CheckpointError: an image cannot be read; the disk cannot be written.
     """
-    device = torch.device(config.device)
-    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=config.lr, fused=True)
-    log_every = 1 if config.steps <= LOG_EVERY_STEP else 10
-    metrics: list[dict[str, Any]] = []
-    checkpoint(model, optimizer, 0, config)
-    model.train()
-    with (
-        (config.out / "metrics.jsonl").open("a", buffering=1) as log,
-        Progress(console, config.steps) as progress,
-        StopSignals() as signals,
-    ):
-        logged_step, logged_at = 0, time.perf_counter()
-        for step in range(1, config.steps + 1):
-            lr = set_learning_rate(optimizer, step, config)
-            batch = data.random_batch(images, config.batch_size, config.seed, step - 1)
-            y_a, y_b = (view.to(device) for view in data.two_views(batch, config.seed, step - 1))
-            loss, on_diag, off_diag = criterion(model(y_a), model(y_b))
-            if not loss.isfinite():
-                raise diverged(f"the loss is {loss.item()} at step {step}", model, optimizer, step - 1, config)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+    optimizer = optim.build(network, config)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+    first = 0
+    if state is not None:
+        network.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        first = state["step"]
+        say(console, f"Resumed after step {first}")
+    stepper = Stepper(
+        wrap(network, config, device, by), criterion(config, by), optimizer, scaler, config, device, by.rank
+    )
+    parts = Parts(images, config, by)
+    steps_per_epoch, schedule = parts.steps_per_epoch, config.epochs * parts.steps_per_epoch
 
+    def keep(step: int) -> str:
+        """Write the state after ``step`` steps and say where it is; never weights that are not finite."""
+        contents = {
+            "model": network.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+            "config": config.to_dict(),
+        }
+        if not all(parameter.isfinite().all() for parameter in network.parameters()):
+            if by.first:
+                checkpoint.save({"step": step, **contents}, config.out / "diverged.pt")
+            raise DivergedError(
+                f"a weight is NaN or infinite after step {step}: a lower --lr-weights may help. The last finite "
+                f"weights are in {config.out / checkpoint.FOLDER}, those at the end in {config.out / 'diverged.pt'}"
+            )
+        path = checkpoint.path_of(config.out, step)
+        if by.first and not path.exists():
+            checkpoint.write(config.out, step, contents, config.keep)
+        return f"The state after step {step} is in {path}"
+
+    keep(first)
+    network.train()
+    views = batches(
+        parts,
+        config.workers,
+        range(first * config.accumulate, config.steps * config.accumulate),
+        pin_memory=device.type == "cuda",
+    )
+    with Progress(console, first, config.steps) as progress, StopSignals() as signals:
+        log.since = time.perf_counter()
+        for step in range(first, config.steps):
+            unreadable = None
+            try:
+                own = [next(views) for _ in range(config.accumulate)]
+            except UnreadableImageError as error:
+                unreadable = error
+            signum, trouble = by.most(signals.received, int(unreadable is not None))  # all stop together
+            if signum:
+                raise Interrupted(signum, f"{signal.Signals(signum).name}. {keep(step)}")
+            if trouble:
+                kept = keep(step)
+                raise UnreadableImageError(f"{unreadable or 'another process could not read an image'}. {kept}")
+
+            lr = optim.set_learning_rates(optimizer, step, schedule, steps_per_epoch, config)
+            terms = stepper.backward(own, step)
+            if not terms.loss.isfinite():
+                raise DivergedError(
+                    f"the loss is {terms.loss.item()} at step {step + 1}: a lower --lr-weights may help. {keep(step)}"
+                )
+            stepper.update()
+
+            done = step + 1
             entry = None
-            if step % log_every == 0 or step in (1, config.steps):
-                now = time.perf_counter()
-                entry = {
-                    "step": step,
-                    "epoch": (step - 1) // (len(images) // config.batch_size) + 1,
-                    "loss": loss.item(),
-                    "on_diag": on_diag.item(),
-                    "off_diag": off_diag.item(),
-                    "lr": lr,
-                    "images_per_second": (step - logged_step) * config.batch_size / (now - logged_at),
-                }
-                logged_step, logged_at = step, now
-                metrics.append(entry)
-                log.write(json.dumps(entry) + "\n")
-            progress.update(step, entry)
-            if step % CHECKPOINT_EVERY == 0 or step == config.steps or signals.received:
-                checkpoint(model, optimizer, step, config)
-            if signals.received:
-                name = signal.Signals(signals.received).name
-                where = config.out / "checkpoint.pt"
-                raise Interrupted(signals.received, f"{name} after step {step}; its state is in {where}")
-    return metrics
+            if done % config.log_every == 0 or done in (1, config.steps):
+                entry = log.write(done, step // steps_per_epoch + 1, terms, lr)
+            progress.update(done, entry, torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0)
+            if done % config.checkpoint_every == 0 or done == config.steps:
+                keep(done)
+            if config.knn_every and done % (config.knn_every * steps_per_epoch) == 0 and done < config.steps:
+                log.write_knn(done, done / steps_per_epoch, monitor.knn())
+                if by.first:
+                    monitor.draw()
 
 
-def resolve(config: Config) -> Config:
-    """The configuration with nothing left open: steps, epochs, device; it can run here, or ConfigError says why not."""
-    images = data.TRAIN_IMAGES
-    if config.batch_size > images:
-        raise ConfigError(f"--batch-size must be at most the {images} training images; got {config.batch_size}")
+def choose_device(device: str) -> str:
+    """``cpu`` or ``cuda``, or ConfigError says why not."""
     cuda = torch.cuda.is_available()
-    if config.device == "cuda" and not cuda:
+    if device == "cuda" and not cuda:
         raise ConfigError("--device cuda: PyTorch sees no CUDA GPU here")
-    device = ("cuda" if cuda else "cpu") if config.device == "auto" else config.device
-    steps_per_epoch = images // config.batch_size
+    return ("cuda" if cuda else "cpu") if device == "auto" else device
+
+
+def load_images(config: Config, by: Processes) -> Images:
+    """The data set; one process a node downloads it, and the others wait."""
+    arguments = (config.data, config.data_dir)
+    size = config.image_size or datasets.FAKE_SIZE
+    if config.download and by.local_rank == 0:
+        datasets.load(*arguments, download=True, fake_size=size)
+    by.wait()
+    return datasets.load(*arguments, fake_size=size)
+
+
+def resolve(config: Config, images: Images, by: Processes) -> Config:
+    """The configuration with nothing left open; it can run here, or ConfigError says why not."""
+    count = len(images.train)
+    if config.batch_size > count:
+        raise ConfigError(f"--batch-size must be at most the {count} training images; got {config.batch_size}")
+    parts = by.count * config.accumulate
+    if config.batch_size % parts or config.batch_size < 2 * parts:
+        raise ConfigError(
+            f"--batch-size must be a multiple of the {by.count} processes times --accumulate {config.accumulate}, at "
+            f"least two images for each; got {config.batch_size}"
+        )
+    steps_per_epoch = count // config.batch_size
     steps = config.steps or config.epochs * steps_per_epoch
-    return dataclasses.replace(config, steps=steps, epochs=math.ceil(steps / steps_per_epoch), device=device)
+    return dataclasses.replace(
+        config,
+        steps=steps,
+        epochs=max(config.epochs, math.ceil(steps / steps_per_epoch)),
+        image_size=config.image_size or images.size,
+        log_every=config.log_every or (1 if steps <= LOG_EVERY_STEP else 10),
+    )
 
 
-def start_run(config: Config) -> Config:
+def start_run(config: Config, state: dict[str, Any] | None, by: Processes) -> Config:
     """Make the run's folder, write the resolved configuration into it and return it."""
-    run = config.out or Path("runs") / time.strftime("digits-%Y%m%d-%H%M%S")
-    try:
-        if config.out is None:
+    run = config.out or Path("runs") / time.strftime(f"{config.data.partition(':')[0]}-%Y%m%d-%H%M%S")
+    goes_on = config.resume is not None and run.absolute() == config.resume.absolute()
+    if by.first:
+        try:
             number = 1
-            while run.exists():  # two runs in one second
+            while config.out is None and run.exists():  # two runs in one second
                 number += 1
                 run = run.with_name(f"{run.name.partition('.')[0]}.{number}")
-        run.mkdir(parents=True, exist_ok=config.out is not None)
-        if any(run.iterdir()):
-            raise ConfigError(f"--out {run} is not empty: a run is never overwritten, give it another folder")
-    except OSError as error:
-        raise ConfigError(f"--out {run}: {error.strerror}") from error
+            run.mkdir(parents=True, exist_ok=config.out is not None)
+            if any(run.iterdir()) and not goes_on:
+                raise ConfigError(
+                    f"--out {run} is not empty: a run is never overwritten. Give it another folder, or continue it "
+                    f"with --resume {run}"
+                )
+        except OSError as error:
+            raise ConfigError(f"--out {run}: {error.strerror}") from error
     config = dataclasses.replace(config, out=run)
-    settings = {**dataclasses.asdict(config), "out": str(run)}
-    settings["environment"] = {
-        "barlow_fused": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-    }
-    (run / "config.toml").write_text(tomli_w.dumps(settings))
+    if by.first:
+        environment = {
+            "barlow_fused": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "threads": torch.get_num_threads(),
+            "processes": by.count,
+        }
+        config.write(run / "config.toml", environment=environment)
+        for name in ("metrics.jsonl", "knn.jsonl") if state else ():  # what came after the state comes again
+            entries = [entry for entry in read_jsonl(config.resume / name) if entry["step"] <= state["step"]]
+            temporary = run / (name + ".tmp")
+            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+            temporary.replace(run / name)
+    by.wait()
     return config
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """As in the official code, biases and batch norm parameters are not decayed."""
-    weights = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
-    return [{"params": weights, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, step: int, config: Config) -> float:
-    """The official schedule: linear warm-up, then a cosine down to a thousandth. ``step`` counts from 1."""
-    warmup = math.ceil(WARMUP * config.steps)
-    if step <= warmup:
-        lr = config.lr * step / warmup
-    else:
-        q = 0.5 * (1 + math.cos(math.pi * (step - warmup) / (config.steps - warmup)))
-        lr = config.lr * (q + 0.001 * (1 - q))
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    return lr
-
-
-def accuracy(model: BarlowTwins, digits: data.Digits, device: torch.device) -> Accuracy:
-    """The evaluation of the encoder (not the projector) as it is now."""
-    train, test = (
-        inference(model.encoder, data.enlarge(images).to(device)).cpu()
-        for images in (digits.train_images, digits.test_images)
+def build(config: Config, images: Images, device: torch.device) -> tuple[BarlowTwins, str]:
+    """The model at its beginning, on the device, and where its weights come from."""
+    torch.manual_seed(config.seed)
+    network = model.build(
+        config.backbone, images.channels, config.image_size, config.projector_widths, stem=config.stem
     )
-    return evaluate(Features(train, digits.train_labels, test, digits.test_labels))
+    origin = model.load_weights(network, config.init) if config.init and not config.resume else "random weights"
+    if config.precision == "fp64":
+        network.double()
+    network.to(device)
+    if config.channels_last:
+        network.to(memory_format=torch.channels_last)
+    if origin == "random weights":
+        plain = augment.plain(config.image_size, images.mean, images.std, images.crop)
+        seen = torch.stack([plain(datasets.read(images.train, index)[0]) for index in some(images, config)])
+        parts = nn.Sequential(network.backbone, network.projector)
+        model.set_batch_norm_statistics(parts, to_device(seen, config, device))
+    return network, origin
 
 
-def correlations(model: BarlowTwins, digits: data.Digits, config: Config) -> pictures.Correlations:
-    """The cross-correlation of two views of all training images as it is now."""
-    views = data.two_views(digits.train_images, config.seed, 0)
-    return pictures.correlate(*(inference(model, view.to(config.device)) for view in views))
+def wrap(network: BarlowTwins, config: Config, device: torch.device, by: Processes) -> nn.Module:
+    """The network as it is trained: its batch norms synchronised, compiled, its gradients averaged over processes."""
+    if by.count > 1 and config.sync_batch_norm:
+        processes.synchronise_batch_norm(network, config.device)
+    if config.compile:
+        network.compile()
+    if by.count == 1:
+        return network
+    devices = [by.local_rank] if device.type == "cuda" else None
+    return DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-@torch.no_grad()
-def inference(module: nn.Module, images: Tensor) -> Tensor:
-    """The module's output in evaluation mode: batch norm uses its running statistics."""
-    was_training = module.training
-    module.eval()
-    output = module(images)
-    module.train(was_training)
-    return output
+def some(images: Images, config: Config) -> list[int]:
+    """Evenly spaced training images to look at."""
+    return torch.linspace(0, len(images.train) - 1, min(SEEN, 8 * config.batch_size, len(images.train))).long().tolist()
 
 
-def checkpoint(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, config: Config) -> None:
-    """Write checkpoint.pt, the state after ``step`` steps; never one with NaN or infinite weights."""
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise diverged(f"a weight is NaN or infinite after step {step}", model, optimizer, step, config)
-    save(state(model, optimizer, step, config), config.out / "checkpoint.pt")
+class Monitor:
+    """What the network has come to, measured while it trains: k-NN accuracy and pictures."""
+
+    def __init__(
+        self, network: BarlowTwins, images: Images, config: Config, device: torch.device, by: Processes
+    ) -> None:
+        self.network, self.images, self.config, self.device, self.by = network, images, config, device, by
+        self.before: Snapshot | None = None
+
+    def accuracy(self) -> evaluate.Accuracy | None:
+        """All accuracies of the backbone; None: the data set has no labels."""
+        if self.images.test is None:
+            return None
+        features = evaluate.extract(self.network.backbone, self.images, self.config, self.device, self.by)
+        return evaluate.evaluate(features, self.images.classes)
+
+    def pixels(self) -> evaluate.Accuracy | None:
+        """The accuracies of the images themselves, at their own size; None if they are too large."""
+        if self.images.test is None:
+            return None
+        channels, size, _ = datasets.read(self.images.test, 0)[0].shape
+        if channels * size**2 > WIDEST_PIXELS:
+            return None
+        config = dataclasses.replace(self.config, image_size=size)
+        features = evaluate.extract(nn.Flatten(), self.images, config, self.device, self.by)
+        return evaluate.evaluate(features, self.images.classes)
+
+    def knn(self) -> float | None:
+        """The accuracy of k-NN with all labels."""
+        if self.images.test is None:
+            return None
+        features = evaluate.extract(self.network.backbone, self.images, self.config, self.device, self.by)
+        everything = torch.arange(len(features.train))
+        return evaluate.knn_accuracy(features, everything, self.images.classes, evaluate.NEIGHBOURS)
+
+    @torch.no_grad()
+    def look(self) -> Snapshot | None:
+        """What the network makes of two views of some training images, in evaluation mode; on the first process."""
+        if not self.by.first:
+            return None
+        alone = Parts(self.images, self.config, Processes(0, 0, 1))
+        indices = some(self.images, self.config)
+        training, seen = self.network.training, []
+        self.network.eval()
+        for part, start in enumerate(range(0, len(indices), SEEN_AT_ONCE)):
+            views = alone.augment(indices[start : start + SEEN_AT_ONCE], 0, part)
+            with autocast(self.config, self.device):
+                h_a, h_b = (self.network.backbone(to_device(view, self.config, self.device)) for view in views)
+                seen.append([h_a, self.network.projector(h_a), self.network.projector(h_b)])
+        self.network.train(training)
+        return pictures.snapshot(*(torch.cat(parts).float().cpu() for parts in zip(*seen, strict=True)))
+
+    def draw(self) -> None:
+        """All pictures, of this moment."""
+        out, now = self.config.out, self.look()
+        pictures.draw_loss(read_jsonl(out / "metrics.jsonl"), self.config.lambd, out / "loss.png")
+        history = [entry for entry in read_jsonl(out / "knn.jsonl") if entry["knn"] is not None]
+        if history:
+            pictures.draw_knn(history, out / "knn.png")
+        pictures.draw_correlation(self.before.correlations, now.correlations, out / "cross_correlation.png")
+        pictures.draw_spectra(self.before, now, out / "spectrum.png")
+        parts = Parts(self.images, self.config, Processes(0, 0, 1))
+        indices = some(self.images, self.config)[:12]
+        views = parts.augment(indices, 0, 0)
+        originals = [datasets.read(self.images.train, index)[0].float() / 255 for index in indices]
+        pictures.draw_views(originals, *(self._as_colours(view) for view in views), out / "views.png")
+
+    def _as_colours(self, views: Tensor) -> Tensor:
+        """Views in [0, 1] again."""
+        if self.config.augmentation == "digits":
+            return views
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.images.mean, self.images.std))
+        return views * std + mean
 
 
-def diverged(what: str, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, config: Config) -> DivergedError:
-    """The error for a run that cannot go on, after its state was saved beside the last good checkpoint."""
-    save(state(model, optimizer, step, config), config.out / "diverged.pt")
-    return DivergedError(
-        f"{what}. A smaller --lr (now {config.lr:g}) or --lambd (now {config.lambd:g}) may help. "
-        f"{config.out} keeps the state as it is now (diverged.pt) and the last good one (checkpoint.pt)."
-    )
+class Log:
+    """metrics.jsonl, knn.jsonl and TensorBoard; on the first process only."""
 
+    def __init__(self, config: Config, first: int, by: Processes) -> None:
+        self.config, self.first, self.by = config, first, by
+        self.last, self.since = first, time.perf_counter()
 
-def state(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, config: Config) -> dict[str, Any]:
-    """All that a run is after ``step`` steps, as plain types: batches and views follow from the seed and the step."""
-    settings = {**dataclasses.asdict(config), "out": str(config.out)}
-    return {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "config": settings}
+    def __enter__(self) -> Log:
+        if self.by.first:
+            self.metrics, self.knn = (
+                (self.config.out / n).open("a", buffering=1) for n in ("metrics.jsonl", "knn.jsonl")
+            )
+            self.board = SummaryWriter(
+                self.config.out / "tensorboard", purge_step=self.first + 1 if self.first else None
+            )
+        return self
 
+    def __exit__(self, *_: object) -> None:
+        if self.by.first:
+            for file in (self.metrics, self.knn, self.board):
+                file.close()
 
-def save(contents: dict[str, Any], path: Path) -> None:
-    """torch.save that leaves the old file or the new one, whole, whenever it is cut off."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        torch.save(contents, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    def write(self, step: int, epoch: int, terms: Any, lr: float) -> dict[str, Any]:
+        """One logged step."""
+        now = time.perf_counter()
+        entry = {
+            "step": step,
+            "epoch": epoch,
+            **{name: getattr(terms, name).item() for name in ("loss", "on_diag", "off_diag")},
+            "lr": lr,
+            "images_per_second": (step - self.last) * self.config.batch_size / (now - self.since),
+        }
+        self.last, self.since = step, now
+        if self.by.first:
+            self.metrics.write(json.dumps(entry) + "\n")
+            for name in entry.keys() - {"step"}:
+                self.board.add_scalar(f"train/{name}", entry[name], step)
+        return entry
+
+    def write_knn(self, step: int, epoch: float, accuracy: float | None) -> None:
+        """The k-NN accuracy, if there is one; the time that it took does not count as training."""
+        self.since = time.perf_counter()
+        if self.by.first and accuracy is not None:
+            self.knn.write(json.dumps({"step": step, "epoch": epoch, "knn": accuracy}) + "\n")
+            self.board.add_scalar("knn/accuracy", accuracy, step)
 
 
 class StopSignals:
-    """In its block, Ctrl-C (SIGINT) and SIGTERM are noted, so that a step can end first; a second one stops at once."""
+    """In its block, Ctrl-C (SIGINT), SIGTERM and SIGUSR1 are noted, so that a step can end first; a second one stops
+    at once.
+    """
 
     def __init__(self) -> None:
         self.received = 0
@@ -293,7 +472,8 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         self.previous = {}
         if threading.current_thread() is threading.main_thread():  # only there Python allows it
-            self.previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+            caught = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+            self.previous = {signum: signal.signal(signum, self._note) for signum in caught}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -304,6 +484,14 @@ class StopSignals:
         if self.received:
             raise KeyboardInterrupt
         self.received = signum
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a file of JSON objects; the last one may have been cut off."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def say(console: Console, text: str) -> None:
