@@ -131,7 +131,7 @@ PYBIND11_MODULE(BARLOW_MODULE, module) {
 #else
   module.attr("emulated") = false;
   module.attr("cuda_version") = BARLOW_CUDA_VERSION;    // of nvcc and of the runtime library inside, "13.0.88"
-  module.attr("architectures") = BARLOW_ARCHITECTURES;  // "sm_80 sm_90a sm_100 compute_100"
+  module.attr("architectures") = BARLOW_ARCHITECTURES;  // "sm_80 sm_90 sm_90a sm_100 compute_80"
 #endif
 
   py::class_<NormalizePlan>(module, "NormalizePlan")

@@ -1,0 +1,182 @@
+"""What holds for kernels on small shapes, whoever wrote them. A file of tests that imports these has two fixtures:
+
+kernels   the backend's module, made to run on this machine
+fused     barlow_twins_loss with that backend, and the three terms: fused(route=..., ...)(z_a, z_b)
+"""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from cases import NORMALIZATIONS, ROUTES, answer, assert_close, error, oracle, views
+
+from barlow_fused import barlow_twins_loss
+from barlow_fused.backends import Weights
+from barlow_fused.backends.triton_kernels import configs
+from barlow_fused.normalization import CONVENTIONS
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BATCH_NORM = NORMALIZATIONS["batch_norm"]
+SHAPES = [(2, 3), (2, 1), (16, 64), (17, 31), (33, 100), (40, 12), (300, 7), (64, 128), (65, 130), (140, 290)]
+# Where 2 N > D Gram's difference loses digits by design: test_gram_beyond_its_range
+GRAM_SHAPES = [(n, d) for n, d in SHAPES if 2 * n <= d]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("n", "d", "route"), [(*shape, "direct") for shape in SHAPES] + [(*shape, "gram") for shape in GRAM_SHAPES]
+)
+def test_accuracy_over_shapes(fused, n, d, dtype, route):
+    z_a, z_b = views(n, d, dtype)
+    assert_close(answer(fused(route=route), z_a, z_b), z_a, z_b, BATCH_NORM)
+
+
+@pytest.mark.parametrize(("n", "d"), [(40, 12), (300, 7), (5, 1)])
+def test_gram_beyond_its_range(fused, n, d):
+    z_a, z_b = views(n, d)
+    got, ref = answer(fused(route="gram"), z_a, z_b), oracle(z_a, z_b)
+    assert error(got.loss, ref.loss, at_least=d) < 1e-5
+    assert error(got.grad_a, ref.grad_a) < 1e-4
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("normalization", NORMALIZATIONS.values(), ids=NORMALIZATIONS.keys())
+@pytest.mark.parametrize(("n", "d"), [(17, 100), (70, 141)])
+def test_accuracy_over_conventions(fused, n, d, normalization, dtype, route):
+    z_a, z_b = views(n, d, dtype)
+    name = normalization if normalization is not None else "none"
+    loss = fused(route=route, normalization=name, lambd=0.02, scale=0.3)
+    assert_close(answer(loss, z_a, z_b), z_a, z_b, normalization, lambd=0.02, scale=0.3)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("normalization", ["batch_norm", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_non_contiguous_and_expanded_inputs(fused, dtype, normalization, route):
+    n, d = 33, 100
+    z_a, z_b = views(n, d, dtype)
+    loss = fused(route=route, normalization=normalization)
+    want = answer(loss, z_a, z_b)
+    for strided in (
+        lambda z: z.T.contiguous().T,
+        lambda z: torch.stack((z, z), 2)[..., 0],
+        lambda z: torch.cat((z, z), 1)[:, d:],
+        lambda z: torch.cat((z.flatten()[:1], z.flatten()))[1:].view(n, d),  # not aligned to 16 bytes
+    ):
+        for got in (answer(loss, strided(z_a), strided(z_b)), answer(loss, z_a, strided(z_b))):
+            assert all(error(x, y) < 1e-6 for x, y in zip(got, want, strict=True))
+    got = answer(loss, z_a[:1].expand(n, d), z_b)
+    ref = oracle(z_a[:1].expand(n, d), z_b, CONVENTIONS[normalization])
+    assert error(got.grad_b, ref.grad_b) < (2e-6 if dtype == torch.float32 else 5e-3)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("n", [30, 64, 150])
+@pytest.mark.parametrize(("ratio", "normalization"), [(10.0, "batch_norm"), (1e3, "std")])
+def test_large_means_lose_nothing(fused, ratio, normalization, n, route):
+    """In one phase, in one phase with cut rows, and in two phases."""
+    z_a, z_b = views(n, 300)
+    z_a, z_b = z_a - z_a.mean(0) + ratio, z_b - z_b.mean(0) - ratio * torch.linspace(0.5, 1, 300)
+    loss = fused(route=route, normalization=normalization)
+    assert_close(answer(loss, z_a, z_b), z_a, z_b, NORMALIZATIONS[normalization])
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("normalization", ["batch_norm", "std"])
+@pytest.mark.parametrize("n", [20, 70])
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e4])
+def test_features_with_zero_variance(fused, value, n, normalization, route):
+    z_a, z_b = views(n, 150)
+    z_a[:, ::3], z_b[:, ::5] = value, value
+    got = answer(fused(route=route, normalization=normalization), z_a, z_b)
+    assert all(t.isfinite().all() for t in got)
+    assert_close(got, z_a, z_b, NORMALIZATIONS[normalization])
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("limit", [0.0, 256.0, 1e30])
+def test_correlate_raw_and_centred(fused, limit, dtype, monkeypatch):
+    """A tile multiplies z itself or A_hat, B_hat; each is right by itself, and the raw product is the better one."""
+    monkeypatch.setattr(configs, "raw_limit", lambda n: limit)
+    z_a, z_b = views(40, 70, dtype)
+    got, ref = answer(fused(route="direct"), z_a, z_b), oracle(z_a, z_b)
+    assert error(got.off_diag, ref.off_diag) < (5e-4 if limit == 0 else 1e-6)
+    assert error(got.grad_a, ref.grad_a) < 5e-3
+
+
+def test_correlate_takes_the_centred_form_where_means_are_large(fused):
+    """float16 with |mean| / deviation of 1000 in half of the features: z_a z_b alone would lose all digits of C."""
+    z_a, z_b = (z - z.mean(0) for z in views(64, 64))
+    z_a[:, :32] += 1000
+    z_b[:, :40] -= 1000
+    z_a, z_b = z_a.half(), z_b.half()
+    got, ref = answer(fused(route="direct"), z_a, z_b), oracle(z_a, z_b)
+    assert error(got.off_diag, ref.off_diag) < 1e-4
+    assert error(got.grad_a, ref.grad_a) < 5e-3
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("n", [20, 90])
+def test_each_term_and_each_view(fused, n, route):
+    """Any of the terms' gradients may be missing, and any of the inputs' unwanted."""
+    z_a, z_b = views(n, 200)
+    reference = functools.partial(barlow_twins_loss, backend="reference", return_terms=True)
+    for weights in ((0, 1, 0), (0, 0, 1), (1, -2, 0.5)):
+        grads = []
+        for loss, dtype in ((fused(route=route), torch.float32), (reference, torch.float64)):
+            a, b = (z.to(dtype).requires_grad_() for z in (z_a, z_b))
+            weighted = [w * t for w, t in zip(weights, loss(a, b), strict=True) if w]
+            grads.append(torch.autograd.grad(sum(weighted), (a, b)))
+        assert error(grads[0][0], grads[1][0]) < 2e-6
+        assert error(grads[0][1], grads[1][1]) < 2e-6
+    want = answer(fused(route=route), z_a, z_b)
+    a, b = z_a.clone().requires_grad_(), z_b.clone().requires_grad_()
+    assert torch.equal(torch.autograd.grad(fused(route=route)(a, z_b).loss, a)[0], want.grad_a)
+    assert torch.equal(torch.autograd.grad(fused(route=route)(z_a, b).loss, b)[0], want.grad_b)
+
+
+@pytest.mark.parametrize(("normalization", "route"), [("batch_norm", "gram"), ("none", "direct")])
+def test_same_bits_with_and_without_gradient_and_torch_compile(fused, normalization, route):
+    z_a, z_b = views(70, 200, torch.bfloat16)
+    loss = fused(route=route, normalization=normalization)
+    first, second = answer(loss, z_a, z_b), answer(loss, z_a, z_b)
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(loss(z_a, z_b), first[:3], strict=True))
+    compiled = answer(torch.compile(loss, fullgraph=True, backend="aot_eager"), z_a, z_b)
+    assert all(torch.equal(x, y) for x, y in zip(compiled, first, strict=True))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("convention", CONVENTIONS.values(), ids=CONVENTIONS.keys())
+def test_the_four_operations_keep_their_contract(kernels, convention, route):
+    z_a, z_b = views(70, 203, torch.float16)
+    x = kernels.normalize(z_a, z_b, convention)
+    reduce = kernels.gram if route == "gram" else kernels.correlate
+    assert reduce(x, 0.1, 2.0, False)[1] is None
+    terms, product = reduce(x, 0.1, 2.0, True)
+    again, _ = reduce(x, 0.1, 2.0, True)  # the counters are zero again
+    assert terms == again
+    assert not x.counters.any()
+    saved = [product, *x.saved()]
+    empty = kernels.empty_saved(z_a, route, convention)
+    assert [(t.shape, t.dtype, t.stride()) for t in saved] == [(t.shape, t.dtype, t.stride()) for t in empty]
+    storages = {t.untyped_storage().data_ptr() for t in (z_a, z_b, *terms, *saved)}
+    assert len(storages) == 5 + len(saved)  # no two share their memory
+    weights = Weights(torch.ones(()), None, None, 0.1, 2.0)
+    again = kernels.Normalized.from_saved(z_a, z_b, convention, saved[1:])
+    grads = kernels.input_grad(again, product, route, weights, (True, False))
+    assert grads[0].dtype == z_a.dtype
+    assert grads[1] is None
+    assert kernels.input_grad(again, product, route, weights, (False, False)) == (None, None)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # numpy's word on Inf - Inf
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("route", ROUTES)
+def test_nan_and_inf_reach_the_loss(fused, route, value):
+    z_a, z_b = views(33, 100)
+    z_a[3, 5] = value
+    assert fused(route=route)(z_a, z_b).loss.isnan()

@@ -1,0 +1,228 @@
+"""The build: what pip makes with and without nvcc, and what nvcc makes of the kernels.
+
+pip's part is tested on a copy whose kernels are two empty ones: how long a build takes does not matter to it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Iterator
+
+import builds
+import pytest
+
+from barlow_fused import nvcc
+
+ROOT = builds.ROOT
+HAS_NVCC = nvcc.why_not(nvcc.find()) is None
+needs_nvcc = pytest.mark.skipif(not HAS_NVCC, reason="needs nvcc of CUDA 12.8 or newer")
+BINDINGS = """
+#include <pybind11/pybind11.h>
+PYBIND11_MODULE(BARLOW_MODULE, module) { module.attr("architectures") = BARLOW_ARCHITECTURES; }
+"""
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of the project with almost nothing to compile."""
+    copy = tmp_path / "tree"
+    shutil.copytree(ROOT / "barlow_fused", copy / "barlow_fused", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in ("CMakeLists.txt", "MANIFEST.in", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy / name)
+    (copy / "csrc").mkdir()
+    (copy / "csrc" / "bindings.cpp").write_text(BINDINGS)
+    (copy / "csrc" / "kernels.h").write_text("")
+    (copy / "csrc" / "one.cu").write_text("__global__ void one() {}\n")
+    (copy / "csrc" / "hopper_one.cu").write_text('__global__ void two() { asm("wgmma.fence.sync.aligned;"); }\n')
+    return copy
+
+
+def compiler(folder: pathlib.Path, release: str) -> dict[str, str]:
+    """An environment whose nvcc says that it is of a CUDA release, and fails to compile."""
+    path = folder / "nvcc"
+    path.write_text(
+        f"#!/bin/sh\ntest \"$1\" = --version && echo 'Cuda compilation tools, release {release}, V{release}'\n"
+    )
+    path.chmod(0o755)
+    return {"CUDACXX": str(path)}
+
+
+def without_nvcc(folder: pathlib.Path) -> dict[str, str]:
+    """An environment that has none; one in the wheel cannot be hidden."""
+    (folder / "programs").mkdir()
+    environment = {"PATH": str(folder / "programs"), "CUDACXX": "", "CUDA_HOME": str(folder)}
+    where = [sys.executable, ROOT / "barlow_fused" / "nvcc.py"]
+    if subprocess.run(where, env={**os.environ, **environment}, capture_output=True).returncode == 0:
+        pytest.skip("needs an environment without the nvidia-cuda-nvcc wheel")
+    return environment
+
+
+def pip(*arguments: str | pathlib.Path, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+    path = os.pathsep.join((str(pathlib.Path(sys.executable).parent), environment.pop("PATH", os.environ["PATH"])))
+    done = subprocess.run(
+        command, env={**os.environ, "PATH": path, **environment}, capture_output=True, text=True, errors="replace"
+    )
+    done.printed = " ".join((done.stdout + done.stderr).split())
+    return done
+
+
+def wheel(tree: pathlib.Path, *flags: str, **environment: str) -> tuple[pathlib.Path | None, str]:
+    """What ``pip wheel`` makes, and what it and the build printed."""
+    folder = tree.parent / "wheels"
+    done = pip(
+        "wheel", "-v", "--no-deps", "--wheel-dir", folder, *(flags or ["--no-build-isolation"]), tree, **environment
+    )
+    assert (done.returncode == 0) == bool(list(folder.glob("*.whl"))), done.printed[-6000:]
+    return next(folder.glob("*.whl"), None), done.printed
+
+
+def extensions(path: pathlib.Path) -> list[str]:
+    """The names of the compiled modules in a wheel."""
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    assert "barlow_fused/loss.py" in names
+    assert not [name for name in names if name.startswith(("csrc", "tests"))]
+    return [name for name in names if name.endswith(".so")]
+
+
+@needs_nvcc
+def test_an_isolated_build_has_the_extension(tree):
+    """pip brings CMake, Ninja and pybind11; nvcc is this machine's."""
+    if "No matching distribution" in pip("download", "--no-deps", "-d", tree.parent / "index", "ninja").printed:
+        pytest.skip("needs a package index")
+    made, printed = wheel(tree, "--use-pep517", BARLOW_FUSED_CUDA="1")
+    assert made is not None, printed[-6000:]
+    (module,) = extensions(made)
+    assert module.startswith("barlow_fused/_cuda.cpython")
+    assert "none-any" not in made.name
+    with zipfile.ZipFile(made) as archive:
+        archive.extract(module, tree.parent)
+    assert builds.load(tree.parent / module).architectures == "sm_80 sm_90 sm_90a sm_100 compute_80"
+
+
+def test_without_nvcc_the_package_has_no_extension_and_says_so(tree, tmp_path):
+    made, printed = wheel(tree, **without_nvcc(tmp_path))
+    assert made.name.endswith("-py3-none-any.whl")
+    assert extensions(made) == []
+    assert "barlow_fused is installed without its CUDA extension: there is no nvcc in CUDACXX" in printed
+
+
+@pytest.mark.parametrize(
+    ("wanted", "release", "reason"),
+    [
+        ("1", "12.4", "BARLOW_FUSED_CUDA=1, but the CUDA extension cannot be built: .* is of CUDA 12.4; 12.8 or newer"),
+        ("1", "13.0", "the CUDA extension cannot be built: cmake's messages above say why"),
+        ("yes", "13.0", "BARLOW_FUSED_CUDA must be 0, 1 or unset, got 'yes'"),
+    ],
+)
+def test_what_is_forced_fails_loudly(tree, tmp_path, wanted, release, reason):
+    made, printed = wheel(tree, BARLOW_FUSED_CUDA=wanted, **compiler(tmp_path, release))
+    assert made is None
+    assert re.search(reason, printed), printed[-6000:]
+
+
+def test_forced_without_nvcc_fails_loudly(tree, tmp_path):
+    made, printed = wheel(tree, BARLOW_FUSED_CUDA="1", **without_nvcc(tmp_path))
+    assert made is None
+    assert "BARLOW_FUSED_CUDA=1, but the CUDA extension cannot be built: there is no nvcc" in printed
+
+
+@pytest.mark.parametrize(("environment", "release"), [({"BARLOW_FUSED_CUDA": "0"}, "13.0"), ({}, "12.4"), ({}, "13.0")])
+def test_a_compiler_that_is_unwanted_or_does_not_work_is_no_obstacle(tree, tmp_path, environment, release):
+    made, printed = wheel(tree, **environment, **compiler(tmp_path, release))
+    assert made is not None, printed[-6000:]
+    assert extensions(made) == []
+
+
+@needs_nvcc
+def test_an_editable_install_compiles_beside_the_sources(tree, tmp_path):
+    done = pip(
+        *("install", "--no-build-isolation", "--no-deps", "--target", tmp_path / "site", "-e", tree),
+        BARLOW_FUSED_CUDA="1",
+    )
+    assert done.returncode == 0, done.printed[-6000:]
+    assert (tree / "barlow_fused" / f"_cuda{builds.SUFFIX}").exists()
+
+
+def test_the_source_distribution_has_what_the_build_needs(tree):
+    subprocess.run([sys.executable, "setup.py", "-q", "sdist"], cwd=tree, check=True, capture_output=True)
+    (made,) = (tree / "dist").glob("*.tar.gz")
+    with tarfile.open(made) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"setup.py", "CMakeLists.txt", "csrc/bindings.cpp", "csrc/one.cu", "barlow_fused/nvcc.py"} <= names
+
+
+# What nvcc makes of the kernels. Triton's wheel has the tools that read it.
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_90a", "sm_100")
+
+
+def dump(*arguments: str) -> Iterator[str]:
+    """The lines that cuobjdump prints about the extension."""
+    module, _ = builds.compiled()
+    tools = [os.environ["PATH"]]
+    triton = importlib.util.find_spec("triton")
+    if triton is not None:
+        tools.append(str(pathlib.Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
+    path = os.pathsep.join(tools)
+    cuobjdump = shutil.which("cuobjdump", path=path)
+    if cuobjdump is None:
+        pytest.skip("needs cuobjdump, of CUDA or of the package triton")
+    environment = {**os.environ, "PATH": path}
+    with subprocess.Popen([cuobjdump, *arguments, module], env=environment, stdout=subprocess.PIPE, text=True) as run:
+        yield from run.stdout
+    assert run.returncode == 0
+
+
+@needs_nvcc
+def test_no_kernel_spills_or_keeps_anything_in_local_memory():
+    """Registers that do not suffice are spilled to the stack, as is an array whose index the compiler does not know."""
+    architecture, name, kernels = "", "", dict.fromkeys(ARCHITECTURES, 0)
+    for line in dump("--dump-resource-usage"):
+        if line.startswith("arch = "):
+            architecture = line.split()[-1]
+        elif line.startswith(" Function "):
+            name = line.split()[-1].rstrip(":")
+        elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", line):
+            assert match.group(2, 3) == ("0", "0"), f"{name} on {architecture}: {line}"
+            kernels[architecture] += 1
+    assert kernels["sm_80"] == kernels["sm_90"] == kernels["sm_100"] >= 10
+    assert kernels["sm_90a"] >= 4  # those of hopper_*.cu
+
+
+def instructions(architecture: str, wanted: str) -> dict[str, set[str]]:
+    """Of every kernel, those of the wanted instructions that it has."""
+    name, found = "", {}
+    for line in dump("-sass", "-arch", architecture):
+        if line.lstrip().startswith("Function :"):
+            name = line.split()[-1]
+            found[name] = set()
+        elif match := re.search(rf"\b({wanted})\b", line):
+            found[name].add(match[1])
+    return found
+
+
+PRODUCTS = r"(Gram|Correlate|PartialGram|GramGrad|DirectGrad)Kernel"
+
+
+@needs_nvcc
+def test_products_are_on_tensor_cores():
+    found = {name: has for name, has in instructions("sm_80", "HMMA").items() if re.search(PRODUCTS, name)}
+    assert len(found) >= 10
+    assert [name for name, has in found.items() if not has] == []
+
+
+@needs_nvcc
+def test_hopper_kernels_multiply_by_wgmma_and_load_by_tma():
+    found = {name: has for name, has in instructions("sm_90a", "HGMMA|UTMALDG").items() if "hopper" in name.lower()}
+    assert found
+    assert [name for name, has in found.items() if has != {"HGMMA", "UTMALDG"}] == []
