@@ -1,4 +1,4 @@
-# make train    pretrain on real images, here, now           make lint     ruff and clang-format
+# make train    pretrain on real images, here, now           make lint     ruff, clang-format and gersemi
 # make test     the test suite                               make bench    the microbenchmark
 #
 # Each sets up .venv the first time (about 5 GB: PyTorch's ordinary build) and re-uses it afterwards.
@@ -13,7 +13,7 @@ EXTENSION := $(VENV)/.extension
 # Idle OpenMP threads sleep instead of spinning: beside another busy program, spinning costs several times the speed.
 train test: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: train test lint format bench clean
+.PHONY: train test lint format bench compute-sanitizer clean
 
 train: $(READY)
 	$(RUN) -m barlow_fused train $(ARGS)
@@ -23,6 +23,11 @@ test: $(EXTENSION)
 
 bench: $(EXTENSION)
 	$(RUN) -m benchmarks $(ARGS)
+
+# Out-of-bounds accesses and races of the CUDA kernels; needs a GPU, and compute-sanitizer of the CUDA toolkit.
+compute-sanitizer: $(EXTENSION)
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(RUN) tests/small_shapes_on_gpu.py
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(RUN) tests/small_shapes_on_gpu.py
 
 lint: $(READY)
 	$(RUN) -m ruff check .

@@ -59,8 +59,9 @@ def choose_backend(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     capability: tuple[int, int] | None = None,
+    shape: tuple[int, int] | None = None,
 ) -> str:
-    """The backend that runs a call with the argument ``backend`` on tensors of ``device`` and ``dtype``.
+    """The backend that runs a call with the argument ``backend`` on tensors of ``device``, ``dtype`` and ``shape``.
 
     Without a device it may be ``"auto"``. ``capability`` is that of a GPU that need not be on this machine.
 
@@ -69,7 +70,7 @@ def choose_backend(
         RuntimeError: a backend was forced that cannot run there.
     """
     backend = _resolve("backend", backend, backends.BACKENDS)
-    return backend if device is None else backends.resolve(backend, device, dtype, capability)
+    return backend if device is None else backends.resolve(backend, device, dtype, capability, shape)
 
 
 def choose_route(route: str, n: int | None = None, d: int | None = None, backend: str | None = None) -> str:
@@ -223,7 +224,7 @@ def plan(
         accepted = ", ".join(f"torch.{_name(accepted)}" for accepted in DTYPES)
         raise (ValueError if isinstance(dtype, torch.dtype) else TypeError)(f"dtype must be {accepted}, got {dtype!r}")
     target = resolve_device(device)
-    backend = choose_backend(backend, target.torch_device, dtype, None if target.here else target.capability)
+    backend = choose_backend(backend, target.torch_device, dtype, None if target.here else target.capability, (n, d))
     chosen = choose_route(route, n, d, backend)
     problem = Problem(n, d, dtype, target, world_size, chosen)
     fused, usual = COSTS[backend](problem), usual_cost(problem)

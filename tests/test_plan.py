@@ -68,6 +68,23 @@ def test_the_same_holds_for_backends(monkeypatch):
     assert choose_backend("auto", cpu) == "reference"
 
 
+def test_a_measured_table_decides_what_auto_takes(monkeypatch):
+    """The last row that the input reaches, of its backends the first that can run; PyTorch where there is none."""
+    gpu, half = torch.device("cuda", 0), torch.bfloat16
+    rows = (backends.Measured(64, 1024, ("triton", "torch")), backends.Measured(512, 8192, ("cuda", "triton")))
+    monkeypatch.setattr(backends, "FASTEST", {((9, 0), half): rows})
+    monkeypatch.setattr(backends, "why_unusable", lambda name, *_: "not built" if name == missing else None)
+    missing = None
+    assert backends.fastest(gpu, half, (9, 0), (32, 8192)) == "torch"
+    assert backends.fastest(gpu, half, (9, 0), (256, 8192)) == "triton"
+    assert backends.fastest(gpu, half, (9, 0), (512, 8192)) == "cuda"
+    assert backends.fastest(gpu, torch.float32, (9, 0), (512, 8192)) == "torch"
+    assert backends.fastest(gpu, half, (8, 0), (512, 8192)) == "torch"
+    assert backends.fastest(torch.device("cpu"), half, None, (512, 8192)) == "torch"
+    missing = "cuda"
+    assert backends.fastest(gpu, half, (9, 0), (512, 8192)) == "triton"
+
+
 def test_configure_sets_from_now_on_and_nests():
     configure(backend="reference")
     assert configured() == {"backend": "reference"}
@@ -390,7 +407,8 @@ def test_a_gpu_is_planned_for(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "kwargs", [{}, {"world_size": 2}, {"route": "direct"}, {"backend": "reference"}, {"backend": "triton"}]
+    "kwargs",
+    [{}, {"world_size": 2}, {"route": "direct"}, {"backend": "reference"}, {"backend": "triton"}, {"backend": "cuda"}],
 )
 @pytest.mark.parametrize(("n", "d"), [(2, 1), (2, 4), (256, 8192), (2**20, 2**20)])
 def test_the_table_fits_80_columns(n, d, dtype, kwargs):

@@ -60,9 +60,9 @@ def why_no_extension() -> str | None:
     try:
         extension()
     except ModuleNotFoundError:
-        return "its extension is not built; BARLOW_FUSED_CUDA=1 pip install builds it, or says what is missing"
+        return "the extension is not built; BARLOW_FUSED_CUDA=1 pip install builds it, or says what is missing"
     except ImportError as error:
-        return f"its extension cannot be loaded, build it again: {error}"
+        return f"the extension cannot be loaded, build it again: {error}"
     return None
 
 
