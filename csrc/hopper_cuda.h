@@ -60,9 +60,6 @@ BARLOW_DEVICE void mbarrier_wait(uint64_t* barrier, int phase) {
 
 using TensorMap = CUtensorMap;  // 128 bytes, 64-byte aligned: a kernel parameter
 
-BARLOW_DEVICE void prefetch_tensor_map(const TensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(&map)) : "memory");
-}
 // Copies the map's box at (row, column) to shared memory; what lies outside of the matrix becomes 0.
 BARLOW_DEVICE void copy_box(void* to, const TensorMap& map, int row, int column, uint64_t* barrier) {
   asm volatile(

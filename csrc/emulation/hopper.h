@@ -124,8 +124,6 @@ struct alignas(64) TensorMap {
   int rows = 0, columns = 0, box_rows = 0;
 };
 
-inline void prefetch_tensor_map(const TensorMap&) {}
-
 namespace emulation {
 inline void copy_box(int rank, uint32_t to, const TensorMap& map, int row, int column, uint32_t at) {
   if (map.data == nullptr) fail("a copy with a tensor map that nobody made");
