@@ -42,7 +42,7 @@ BARLOW_DEVICE Vec16* partial_tile(const Gram& p, int tiles, int tile, int view, 
          thread();
 }
 
-// When one (tile, view, slice) stands in the partials, or one of PIECES equal numbers of its fragments: the last to come
+// When one (tile, view, slice) stands in the partials, or one of PIECES equal parts of its fragments: the last to come
 // here adds up the slices of both views. shared: 512 bytes of shared memory.
 template <class Product, int PIECES>
 BARLOW_DEVICE void complete_gram(const Gram& p, int tiles, int tile, int piece, int row, int column, char* shared) {

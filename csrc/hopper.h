@@ -1,11 +1,11 @@
-// hopper.h: what the kernels for sm_90a ask of a GPU beyond device.h: bulk copies by the tensor memory accelerator (TMA),
+// hopper.h: what kernels for sm_90a ask of a GPU beyond device.h: bulk copies by the tensor memory accelerator (TMA),
 // barriers in shared memory that count their bytes, products of whole warpgroups (wgmma), and clusters of blocks.
 //
 // As in device.h these are single instructions when nvcc compiles them, and plain C++ with BARLOW_EMULATION.
 //
 // How the pieces fit together: one thread asks the TMA for a box of a matrix. The copy runs by itself and reports its
-// bytes to an mbarrier in shared memory; who wants the data waits there. wgmma, too, runs by itself: 128 threads start a
-// 64 x N product of tiles in shared memory, described by two 64-bit descriptors, and wait for it later.
+// bytes to an mbarrier in shared memory; who wants the data waits there. wgmma, too, runs by itself: 128 threads start
+// a 64 x N product of tiles in shared memory, described by two 64-bit descriptors, and wait for it later.
 #pragma once
 
 #include "device.h"
@@ -13,7 +13,7 @@
 namespace barlow {
 
 // A box of a matrix is copied as rows of 128 bytes, that is, 64 numbers of 16 bits, in which the 16-byte chunks of each
-// eight rows are permuted (the address bits 4 to 6 are XORed with bits 7 to 9): 1024 bytes that wgmma reads without bank
+// eight rows are permuted (address bits 4 to 6 are XORed with bits 7 to 9): 1024 bytes that wgmma reads without bank
 // conflicts along rows and down columns. Boxes start at multiples of 1024 bytes.
 constexpr int box_columns = 64;
 

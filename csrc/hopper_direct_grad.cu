@@ -15,7 +15,8 @@ namespace {
 
 template <class T, int VIEW>
 struct DirectGradJob {
-  // P[n, i] = sum_j B_hat[n, j] C0[i, j] of view a reads C0 along k; P[n, j] = sum_i A_hat[n, i] C0[i, j] of view b, across.
+  // P[n, i] = sum_j B_hat[n, j] C0[i, j] of view a reads C0 along k, P[n, j] = sum_i A_hat[n, i] C0[i, j] of view b
+  // across.
   using Product = HopperMultiply<T, 256, 4, 2, true, VIEW == 0>;
   using Place = typename Product::Place;
   static constexpr int cluster = Product::CLUSTER;

@@ -53,7 +53,7 @@ BARLOW_DEVICE void store_box(const char* box, const Matrix& m, bool vectors, int
   }
 }
 
-// x[2 j + e]: a thread's numbers of column 2 t + e of fragment j. Leaves the sums over the warp's rows in x[0] and x[1],
+// x[2 j + e]: a thread's numbers of column 2 t + e of fragment j. Leaves the sums over the warp's rows in x[0], x[1],
 // of columns 2 lane and 2 lane + 1 of the eight fragments: lanes exchange halves of what they have, so 14 shuffles do.
 BARLOW_DEVICE void sum_columns(float (&x)[2 * box_fragments]) {
 #pragma unroll

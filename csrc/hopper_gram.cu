@@ -5,10 +5,10 @@
 // * Many rows, more than 512: a cluster of two blocks computes 256 x 256 of K at a time, each block 128 rows of it, and
 //   finishes those of its two tiles that are not above the diagonal. N = 2048, D = 8192, both views: 2 * 36 squares and
 //   128 steps of 64 k, 1.125 times what the triangle needs; 66 clusters take at least 140 steps of 1024 cycles each.
-// * Few rows: what fills the chip are slices of D, and whoever adds up many slices of a tile would work alone, long after
+// * Few rows: what fills the chip are slices of D, and whoever adds up many slices of a tile would work alone, after
 //   the others. So a cluster of eight blocks computes a tile, each an eighth of a slice, and adds up its eight partial
 //   tiles through distributed shared memory, always in the order of the blocks: each block two of the sixteen fragments
-//   of every thread. These pieces of tiles are then stored, counted and completed on their own. N = 256, D = 8192: three
+//   of every thread. These pieces of tiles are then stored, counted and completed on their own. N = 256, D = 8192: 3
 //   tiles, both views, two slices, 96 blocks of 8 steps each; a piece's last phase reads four times 8 KiB, where one
 //   block for the whole tile and as many blocks without clusters would read 32 times 64 KiB.
 #include "gram.h"

@@ -7,8 +7,8 @@
 // walks over its row tiles, and over what it has stored, as gram_grad.h says; a cluster's part of that, 256 features of
 // 2048 rows, is 1 MiB of the gradient and 1 MiB of own, for 16 clusters 32 MiB: they are still in L2.
 //
-// N = 1024, D = 65536, both views: 512 slabs for 16 clusters of 8, 32 each: 16 steps of 1024 cycles for the product of a
-// tile, and 192 KiB through the ring for its epilogue, of which 64 KiB, own again, were there a moment ago.
+// N = 1024, D = 65536, both views: 512 slabs for 16 clusters of 8, 32 each: 16 steps of 1024 cycles for the product of
+// a tile, and 192 KiB through the ring for its epilogue, of which 64 KiB, own again, were there a moment ago.
 #include "gram_grad.h"
 #include "hopper_epilogue.h"
 #include "hopper_kernels.h"

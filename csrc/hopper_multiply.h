@@ -14,10 +14,10 @@
 //   `empty` then counts the warps of the whole cluster.
 //
 // Per 64 k of a 128 x 256 tile, one multiprocessor: 4 Mi FLOPs, 1024 cycles at the peak of 4096 a cycle. Shared memory
-// delivers 128 bytes a cycle and gives 80 KiB to the tensor cores (each warpgroup reads its 8 KiB of a and all 32 KiB of
-// b) and takes 48 KiB from the TMA: exactly 1024 cycles. A 128 x 128 tile has 512 cycles for 48 + 32 KiB, 640 cycles'
-// worth: it is for where there are too few tiles. From L2 a tile of 128 x 256 takes 48 bytes a cycle, 32 in a cluster of
-// two, 20 in one of eight.
+// delivers 128 bytes a cycle and gives 80 KiB to the tensor cores (each warpgroup reads its 8 KiB of a and all 32 KiB
+// of b) and takes 48 KiB from the TMA: exactly 1024 cycles. A 128 x 128 tile has 512 cycles for
+// 48 + 32 KiB, which take 640: it is for where there are too few tiles. From L2 a tile of 128 x 256 takes 48 bytes a
+// cycle, 32 in a cluster of two, 20 in one of eight.
 //
 // float32 stays with multiply.h: wgmma takes TF32 factors only k-major.
 #pragma once
@@ -229,7 +229,7 @@ struct ColumnsOf {
 //
 //     struct Job {
 //       using Product;
-//       static constexpr int cluster;                     // blocks: Product::CLUSTER or, where they share nothing, more
+//       static constexpr int cluster;                     // blocks: Product::CLUSTER, or more that share nothing
 //       struct Params { ...; int works; };
 //       BARLOW_DEVICE Job(const Params&);                 // by every thread
 //       BARLOW_DEVICE void produce(Place&, int work);     // by the producer warp; what it loads, lane 0 loads

@@ -1,7 +1,7 @@
 // emulation/hopper.h: hopper.h's primitives on a CPU. Included by hopper.h alone.
 //
 // What the hardware does by itself is done as late as allowed: a box is copied when somebody waits at its mbarrier, a
-// wgmma reads and writes when its warpgroup waits for it. So who does not wait sees it. A stage that is filled again too
+// wgmma reads and writes when its warpgroup waits for it. So who does not wait sees it. A stage that is filled too
 // early shows with BARLOW_EMULATION_COPIES=early, which copies boxes at once.
 //
 // A shared memory address is an offset from the block's first byte, which is 1024-byte aligned.
