@@ -27,8 +27,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BATCH_NORM = NORMALIZATIONS["batch_norm"]
 
 
-@pytest.fixture(autouse=True)
-def one_element_arrays_are_numbers(monkeypatch):
+@pytest.fixture(autouse=True, scope="session")
+def one_element_arrays_are_numbers():
     """Until Triton 3.7 the interpreter leaves that to numpy, which refuses since 2.4."""
     patch = interpreter._patch_lang_tensor
 
@@ -36,7 +36,9 @@ def one_element_arrays_are_numbers(monkeypatch):
         patch(tensor, *args)
         tensor.__index__ = lambda self: int(self.handle.data.item())
 
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+        yield
 
 
 @pytest.fixture(autouse=True)
