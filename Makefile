@@ -13,7 +13,7 @@ EXTENSION := $(VENV)/.extension
 # Idle OpenMP threads sleep instead of spinning: beside another busy program, spinning costs several times the speed.
 train test: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: train test lint format bench compute-sanitizer clean
+.PHONY: train test lint format bench compute-sanitizer verify-gpu clean
 
 train: $(READY)
 	$(RUN) -m barlow_fused train $(ARGS)
@@ -28,6 +28,11 @@ bench: $(EXTENSION)
 compute-sanitizer: $(EXTENSION)
 	compute-sanitizer --tool memcheck --error-exitcode 1 $(RUN) tests/small_shapes_on_gpu.py
 	compute-sanitizer --tool racecheck --error-exitcode 1 $(RUN) tests/small_shapes_on_gpu.py
+
+# All that needs a GPU, within nine minutes: leaves a run and a log in benchmarks/results. On a machine that has PyTorch
+# and the rest already: make verify-gpu RUN=python3 READY=
+verify-gpu: $(READY)
+	$(RUN) -m benchmarks verify $(ARGS)
 
 lint: $(READY)
 	$(RUN) -m ruff check .

@@ -1,14 +1,25 @@
 """The microbenchmark: the loss by every method that can run here, checked first, then timed in one interleaved run.
 
-python -m benchmarks --device cpu --n 256 --d 8192 --dtype float32 --peers eager,compile,fused
-python -m benchmarks --grid --json grid.json
+python -m benchmarks --device cpu --n 256 --d 8192 --peers eager,compile,fused
+python -m benchmarks --preset small --json small.json --compare old.json
+python -m benchmarks profile --n 256 --d 8192
 
+presets.py    shapes that have a name
 peers.py      the methods: name -> callable(z_a, z_b) -> loss
-accuracy.py   inputs, the float64 truth, and who is right
-timing.py     rounds in which every method runs once, and their statistics
+inputs.py     two views, and enough sets of them to exceed the cache
+accuracy.py   the float64 truth, and who is right
+timing.py     rounds in which every method runs once in every mode, and their statistics
 memory.py     peak memory beyond inputs and gradients, measured
-machine.py    what it ran on: hardware, versions, commit, the machine's matrix-product rate
+machine.py    what it ran on: hardware, versions, commit, the machine's bandwidth and matrix-product rate
 run.py        one shape, from inputs to results
-report.py     tables and JSON
+results.py    a run as JSON and CSV
+report.py     a run as tables
+pictures.py   a run as a picture
+compare.py    what regressed from one run to another
+readme.py     the README's tables and pictures, from results/
+profile.py    where one call's time goes
+verify.py     everything that needs a GPU, in nine minutes
 __main__.py   the command line
+
+kernels.py, network.py and scaling.py stand on their own, each with a --help.
 """

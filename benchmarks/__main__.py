@@ -1,32 +1,37 @@
 """The command line: ``python -m benchmarks --help``.
 
-Exit code 0: every method that ran is right. 1: one is wrong, or failed for another reason than a lack of memory.
-2: bad arguments.
+Exit code 0: every method that ran is right. 1: one is wrong, or failed for another reason than a lack of memory, or
+(with --compare) something regressed. 2: bad arguments.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import datetime
+import importlib
 import itertools
 import math
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import machine, report
+from . import compare, machine, report, results
 from .accuracy import TOLERANCES
-from .peers import BASELINE, LAMBD, Peer, choose_peers
-from .run import Settings, ShapeResult, grid_line, run_shape
+from .peers import LAMBD, choose_peers
+from .presets import PRESETS, shapes_of
+from .run import Settings, run_shape
+from .timing import MODES
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCES}
-PEERS, GRID_PEERS = "eager,compile,lightly,fused", "eager,fused-auto"
-GRID_N, GRID_D = "32,128,512,2048,4096", "128,512,2048,8192"
-SECONDS, GRID_SECONDS = 60.0, 15.0
+PEERS = "eager,compile,lightly,solo-learn,fft-relaxed,fused"
+SECONDS = 5.0
+COMMANDS = ("profile", "compare", "readme", "verify")  # files of this folder with a main() of their own
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -35,115 +40,127 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description="Check, then time the Barlow Twins loss, forward and backward, by every method that can run here.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        epilog="Methods: eager, compile, lightly, fused (every route and backend that can run here), fused-auto,\n"
-        "fused-gram-torch, fused-direct-torch, ... See benchmarks/peers.py.\n"
-        "Exit code: 0; 1 if a method is wrong or fails (a lack of memory is not a failure); 2 for bad arguments.",
+        epilog="Methods: eager, compile, lightly, solo-learn, fft-relaxed (not the same loss), fused (every route and\n"
+        "backend that can run here), fused-auto, fused-gram-torch, ... See benchmarks/peers.py.\n"
+        "Presets: " + ", ".join(PRESETS) + ". See benchmarks/presets.py.\n"
+        "Other commands: python -m benchmarks profile | compare | readme | verify, each with --help.\n"
+        "Exit code: 0; 1 if a method is wrong or fails (a lack of memory is not a failure) or something regressed;\n"
+        "2 for bad arguments.",
     )
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the GPU if there is one")
+    parser.add_argument("--preset", type=_names_of(PRESETS), metavar="NAME,...", help="shapes by name")
     parser.add_argument("--n", type=_sizes, metavar="N,...", help="samples; several give a table each (default: 256)")
     parser.add_argument("--d", type=_sizes, metavar="D,...", help="features (default: 8192)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--peers", type=_names, metavar="NAME,...", help=f"methods (default: {PEERS})")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: float32, on GPUs bfloat16")
+    parser.add_argument("--peers", type=_names, default=_names(PEERS), metavar="NAME,...", help=f"default: {PEERS}")
+    parser.add_argument(
+        "--modes",
+        type=_names_of(MODES),
+        metavar="NAME,...",
+        help="launches, graph (CUDA graph replay), forward (alone); default: all that the device has",
+    )
     parser.add_argument("--rounds", type=_positive(int), metavar="R", help="default: as many as fit into --seconds")
     parser.add_argument(
         "--seconds",
         type=_positive(float),
+        default=SECONDS,
         metavar="S",
-        help=f"timing budget a shape (default: {SECONDS:.0f}, with --grid {GRID_SECONDS:.0f}); at least 5 rounds are"
-        " made unless one alone takes longer",
+        help=f"for timing a shape (default: {SECONDS:.0f}); at least 5 rounds are made unless one alone takes longer",
+    )
+    parser.add_argument(
+        "--budget", type=_positive(float), metavar="S", help="for the whole run; what is left is shared"
     )
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
+    parser.add_argument("--brief", action="store_true", help="print only one line a shape: fused against eager")
     parser.add_argument("--json", type=_file, metavar="FILE", help="write everything there, after every shape")
-    parser.add_argument(
-        "--grid",
-        action="store_true",
-        help=f"one line a shape: fused against eager, without memory (default: --n {GRID_N} --d {GRID_D})",
-    )
+    parser.add_argument("--csv", type=_file, metavar="FILE", help="one line for each shape, method and mode")
+    parser.add_argument("--picture", type=_file, metavar="FILE", help="time and memory against D, roofline: PNG, SVG")
+    parser.add_argument("--compare", type=_recorded, metavar="OLD.json", help="name what regressed since that run")
     args = parser.parse_args(argv)
-    args.n = args.n or _sizes(GRID_N if args.grid else "256")
-    args.d = args.d or _sizes(GRID_D if args.grid else "8192")
-    args.seconds = args.seconds or (GRID_SECONDS if args.grid else SECONDS)
+    if args.preset and (args.n or args.d):
+        parser.error("argument --preset: give either a preset, or --n and --d")
+    args.shapes = shapes_of(args.preset) if args.preset else list(itertools.product(args.n or [256], args.d or [8192]))
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: cuda was asked for, but PyTorch finds no CUDA GPU here")
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
+    args.modes = args.modes or [mode for mode in MODES if args.device == "cuda" or mode != "graph"]
+    if "graph" in args.modes and args.device == "cpu":
+        parser.error("argument --modes: graph needs --device cuda")
     try:
-        names = args.peers or _names(GRID_PEERS if args.grid else PEERS)
-        args.peers = choose_peers(names, torch.device(args.device))
+        args.peers = choose_peers(args.peers, torch.device(args.device))
     except ValueError as error:
         parser.error(f"argument --peers: {error}")
-    chosen = {peer.name for peer in args.peers}
-    if args.grid and not {BASELINE, "fused"} <= chosen:
-        parser.error("argument --peers: --grid compares eager with fused-auto; name both")
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] and argv[0] in COMMANDS:
+        return importlib.import_module(f".{argv[0]}", __package__).main(argv[1:])
     args = parse(argv)
     settings = Settings(
         device=torch.device(args.device),
         dtype=DTYPES[args.dtype],
+        modes=tuple(args.modes),
         rounds=args.rounds,
         seconds=args.seconds,
-        measure_memory=not (args.no_memory or args.grid),
+        measure_memory=not args.no_memory,
     )
-    origin = {
-        "machine": machine.describe_machine(),
+    run = {
+        "machine": machine.describe_machine(settings.device),
         "versions": machine.versions(),
         "git": machine.git_state(),
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "seconds": 0.0,
+        "settings": _asked(args),
+        "shapes": [],
     }
-    asked = _asked(args, settings)
     console = report.make_console()
-    console.print(_title(origin))
-    hardware = origin["machine"]
-    if hardware["load"] > hardware["cores"] / 4:
-        console.print(
-            f"[yellow]Other programs are running (load average {hardware['load']:.1f} on {hardware['cores']} cores):"
-            " times will be wrong, ratios too.[/yellow]"
-        )
-    shapes: list[ShapeResult] = []
-    grid: list[dict[str, Any]] | None = [] if args.grid else None
-    if grid is not None:
-        report.print_grid_heading(console, settings)
-    for n, d in itertools.product(args.n, args.d):
+    report.print_title(console, run)
+    start = time.perf_counter()
+    for i, (n, d) in enumerate(args.shapes):
+        left = math.inf
+        if args.budget is not None:
+            left = (args.budget - (time.perf_counter() - start)) / (len(args.shapes) - i)
         with _Progress(f"N={n} D={d}: ") as progress:
-            shape = run_shape(args.peers, n, d, settings, progress)
-        shapes.append(shape)
-        if grid is None:
-            report.print_shape(console, shape, settings)
-        else:
-            grid.append(grid_line(shape))
-            report.print_grid_line(console, grid[-1])
+            shape = results.plain(dataclasses.asdict(run_shape(args.peers, n, d, settings, progress, left)))
+        run["shapes"].append(shape)
+        run["seconds"] = time.perf_counter() - start
+        if not args.brief:
+            report.print_shape(console, shape, run["settings"])
         if args.json is not None:
-            report.write_json(args.json, report.to_json(settings, asked, origin, shapes, grid))
-    if grid is not None:
-        report.print_grid(console, grid)
-    return int(any(method.status in ("wrong", "failed") for shape in shapes for method in shape.methods))
+            results.write_json(args.json, run)
+    if not args.brief:
+        report.print_legend(console, run)
+    if args.brief or len(args.shapes) > 1:
+        report.print_summary(console, run)
+    console.print(f"{run['seconds']:.0f} s in all.")
+    if args.csv is not None:
+        results.write_csv(args.csv, run)
+    if args.picture is not None:
+        from .pictures import draw
+
+        draw(run, args.picture)
+    worse = args.compare is not None and compare.print_comparison(console, args.compare, run)
+    broken = any(method["status"] in ("wrong", "failed") for shape in run["shapes"] for method in shape["methods"])
+    return int(worse or broken)
 
 
-def _title(origin: dict[str, Any]) -> str:
-    hardware, versions = origin["machine"], origin["versions"]
-    gpu = "" if hardware["gpu"] is None else f"{hardware['gpu']['name']}, "
-    commit = (origin["git"]["commit"] or "unknown")[:10] + ("+" if origin["git"]["dirty"] else "")
-    return (
-        f"{gpu}{hardware['cpu']}, {hardware['threads']} threads. barlow_fused {versions['barlow_fused']} ({commit}), "
-        f"torch {versions['torch']}."
-    )
-
-
-def _asked(args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
+def _asked(args: argparse.Namespace) -> dict[str, Any]:
     """The settings as JSON has them."""
-    loss_limit, grad_limit = TOLERANCES[settings.dtype]
-    peers: list[Peer] = args.peers
+    loss_limit, grad_limit = TOLERANCES[DTYPES[args.dtype]]
     return {
         "device": args.device,
         "dtype": args.dtype,
-        "n": args.n,
-        "d": args.d,
-        "peers": [peer.name for peer in peers],
+        "presets": args.preset,
+        "shapes": args.shapes,
+        "peers": [peer.name for peer in args.peers],
+        "modes": args.modes,
         "rounds": args.rounds,
         "seconds": args.seconds,
-        "memory": settings.measure_memory,
-        "grid": args.grid,
+        "budget_s": args.budget,
+        "memory": not args.no_memory,
         "lambd": LAMBD,
         "tolerances": {"loss": loss_limit, "gradient": grad_limit},
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
@@ -185,6 +202,16 @@ def _names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",")]
 
 
+def _names_of(accepted: Any) -> Callable[[str], list[str]]:
+    def convert(text: str) -> list[str]:
+        names = _names(text)
+        if not set(names) <= set(accepted):
+            raise argparse.ArgumentTypeError(f"{', '.join(accepted)} are accepted; got {text!r}")
+        return list(dict.fromkeys(names))
+
+    return convert
+
+
 def _positive(kind: type) -> Callable[[str], float]:
     def convert(text: str) -> float:
         try:
@@ -206,6 +233,16 @@ def _file(text: str) -> Path:
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"cannot write to {text!r}")
     return path
+
+
+def _recorded(text: str) -> dict[str, Any]:
+    """A run that was written by --json; read before the run, which may write the same file."""
+    try:
+        run = results.load(Path(text))
+        run["shapes"], run["settings"]["modes"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise argparse.ArgumentTypeError(f"a file that --json wrote is accepted; {text!r}: {error!r}") from None
+    return run
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The inputs, the float64 truth, and the verdict on a method's loss and gradients.
+"""The float64 truth, and the verdict on a method's loss and gradients.
 
 The truth is ``barlow_fused.reference.reference_loss`` in float64 with autograd. Its (D, D) matrices outgrow any machine
 as D grows; beyond that the truth is ``gram_truth``, the same number through (N, N) matrices, written here independently
@@ -42,7 +42,7 @@ SLAB_ELEMENTS = 2**22  # of a slab of columns in gram_truth: 32 MiB
 class Truth:
     """The loss and its two gradients in float64."""
 
-    method: str  # "reference" or "gram"
+    method: str  # "reference", "gram" or "own" (of a method that is not the same loss)
     loss: float
     grads: tuple[Tensor, Tensor]  # [N, D] each
 
@@ -55,19 +55,6 @@ class Accuracy:
     loss_error: float
     grad_errors: tuple[float, float]
     wrong: str | None
-
-
-def make_inputs(n: int, d: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Two correlated views (C_ii about 0.8) whose features have means and scales of their own; both want gradients."""
-    generator = torch.Generator(device).manual_seed(seed)
-    options = {"generator": generator, "device": device}
-    shared = torch.randn(n, d, **options)
-    views = []
-    for _ in range(2):
-        z = torch.randn(n, d, **options).mul_(0.5).add_(shared)
-        z.mul_(torch.rand(d, **options) + 0.5).add_(torch.randn(d, **options))
-        views.append(z.to(dtype).requires_grad_())
-    return views[0], views[1]
 
 
 def gradients(loss: Tensor, z_a: Tensor, z_b: Tensor) -> tuple[Tensor, ...]:
@@ -89,6 +76,13 @@ def find_truth(z_a: Tensor, z_b: Tensor, free_bytes: float) -> Truth:
     if needed > free_bytes:
         raise MemoryError(f"the float64 truth needs {needed / 1e9:.3g} GB, {free_bytes / 1e9:.3g} GB are free")
     return gram_truth(z_a, z_b)
+
+
+def own_truth(loss_function: LossFunction, z_a: Tensor, z_b: Tensor) -> Truth:
+    """What another loss should be: its own formula in float64."""
+    views = tuple(z.detach().double().requires_grad_() for z in (z_a, z_b))
+    loss = loss_function(*views)
+    return Truth("own", loss.item(), torch.autograd.grad(loss, views))
 
 
 def reference_truth(z_a: Tensor, z_b: Tensor) -> Truth:

@@ -16,13 +16,15 @@ import torch
 import barlow_fused
 from barlow_fused.backends.torch_backend import _matmul_t
 
+from .inputs import cache_bytes
+
 ROOT = Path(__file__).resolve().parent.parent
 MATRIX_SIZE = {"cpu": 2048, "cuda": 8192}
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}  # larger than the caches
 PACKAGES = ("torch", "triton", "lightly")
 
 
-def describe_machine() -> dict[str, Any]:
+def describe_machine(device: torch.device) -> dict[str, Any]:
     gpu = None
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
@@ -37,6 +39,7 @@ def describe_machine() -> dict[str, Any]:
         "architecture": platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
+        "cache_bytes": cache_bytes(device),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "load": os.getloadavg()[0],
         "gpu": gpu,
@@ -56,10 +59,13 @@ def versions() -> dict[str, str | None]:
 
 
 def git_state() -> dict[str, Any]:
-    """The commit of the checkout, and whether files differ from it; None where git cannot say."""
+    """The commit of the checkout, and whether files differ from it; None where git cannot say.
+
+    On a copy that has no .git the variable GIT_COMMIT can say it.
+    """
     status = _output("git", "-C", str(ROOT), "status", "--porcelain")
     commit = _output("git", "-C", str(ROOT), "rev-parse", "HEAD")
-    return {"commit": commit, "dirty": None if status is None else bool(status)}
+    return {"commit": commit or os.environ.get("GIT_COMMIT"), "dirty": None if status is None else bool(status)}
 
 
 def free_memory(device: torch.device) -> float:

@@ -6,7 +6,8 @@ The gradients are taken off whether or not they exist at the moment of the peak:
 above what any method must hold. It is never below 0.
 
 On CUDA it is ``torch.cuda.max_memory_allocated``. PyTorch's CPU allocator keeps no such count, and would not see the
-work space of MKL, oneDNN or an OpenMP thread, so on CPUs the operating system is asked, in a fresh process per method:
+work space of MKL, oneDNN or an OpenMP thread, so on CPUs the operating system is asked, in a fresh process per method
+(forked from a server that has only imported things):
 
 * The method runs once at a small shape (at most 256 x 1024), so that imports, thread stacks and library set-up count as
   held before. A method that is compiled for one shape runs at that shape instead: compiling takes more than running.
@@ -24,17 +25,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import multiprocessing
 import os
-import pickle
-import signal
-import subprocess
-import sys
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from .accuracy import gradients, make_inputs
+from .accuracy import gradients
+from .inputs import make_inputs
 from .peers import LossFunction, Peer
 
 MALLOC = {
@@ -63,23 +65,19 @@ def cpu_peak(peer: Peer, n: int, d: int, dtype: torch.dtype) -> int:
     """Extra bytes of a pass in a process of its own.
 
     Raises:
-        RuntimeError: the method failed there, or its process was killed.
+        RuntimeError: its process was killed. What the method raises there is raised here.
     """
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.memory"],
-        input=pickle.dumps((peer, n, d, dtype, torch.get_num_threads())),
-        capture_output=True,
-        env={**os.environ, **MALLOC, "PYTHONPATH": path},
-    )
-    if done.returncode:
-        lines = done.stderr.decode(errors="replace").splitlines()
-        last = next((line for line in reversed(lines) if line.strip()), f"exit code {done.returncode}")
-        raise RuntimeError("killed: out of memory" if done.returncode == -signal.SIGKILL else last)
-    return int(done.stdout.splitlines()[-1])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with mock.patch.dict(os.environ, MALLOC), ProcessPoolExecutor(1, context) as fresh:
+        try:
+            return fresh.submit(_cpu_peak_here, peer, n, d, dtype, torch.get_num_threads()).result()
+        except BrokenProcessPool:
+            raise RuntimeError("the process was killed: out of memory?") from None
 
 
-def _cpu_peak_here(peer: Peer, n: int, d: int, dtype: torch.dtype) -> int:
+def _cpu_peak_here(peer: Peer, n: int, d: int, dtype: torch.dtype, threads: int) -> int:
+    torch.set_num_threads(threads)
     device = torch.device("cpu")
     loss_function = peer.build()
     small = make_inputs(*((n, d) if peer.compiled else map(min, (n, d), WARM_UP)), dtype, device)
@@ -102,9 +100,3 @@ def _status(field: str) -> int:
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {field}")
-
-
-if __name__ == "__main__":
-    peer, *shape, threads = pickle.load(sys.stdin.buffer)
-    torch.set_num_threads(threads)
-    print(_cpu_peak_here(peer, *shape))

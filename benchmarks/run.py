@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
-from . import accuracy, machine, memory, timing
-from .peers import BASELINE, FUSED, Peer, fused_choice
+from . import accuracy, inputs, machine, memory, profile, timing
+from .peers import BASELINE, LossFunction, Peer, fused_choice
 from .timing import Summary
 
 
@@ -20,9 +20,21 @@ class Settings:
 
     device: torch.device
     dtype: torch.dtype
+    modes: tuple[str, ...]  # of timing.MODES
     rounds: int | None  # None: as many as fit into ``seconds``
-    seconds: float
+    seconds: float  # of timing, a shape
     measure_memory: bool
+
+
+@dataclasses.dataclass
+class ModeResult:
+    """A method's times in one mode."""
+
+    message: str | None = None  # why there are none
+    calls_per_turn: int | None = None
+    parts_s: dict[str, list[float]] = dataclasses.field(default_factory=dict)  # timing.PARTS, one entry a round
+    total: Summary | None = None  # of the rounds' sums of the parts, in seconds
+    ratio: Summary | None = None  # eager's total / this method's in the same mode, of the rounds' own ratios
 
 
 @dataclasses.dataclass
@@ -30,21 +42,19 @@ class MethodResult:
     """One method at one shape."""
 
     name: str
-    status: str = "timed"  # or "wrong", "failed", "out of memory", "skipped" (would not fit), "unavailable"
+    same_loss: bool = True
+    status: str = "timed"  # or "wrong", "failed", "out of memory", "skipped" (no room, no time), "unavailable"
     message: str | None = None  # why it was not timed
     loss: float | None = None
     loss_error: float | None = None  # relative to the float64 truth
     grad_errors: tuple[float, float] | None = None
     first_pass_s: float | None = None  # with compilation and set-up
-    passes_per_turn: int | None = None
+    predicted_extra_bytes: float | None = None
     peak_extra_bytes: int | None = None
     memory_message: str | None = None  # why there is no peak_extra_bytes
-    forward_s: list[float] = dataclasses.field(default_factory=list)  # one entry a round
-    backward_s: list[float] = dataclasses.field(default_factory=list)
-    forward: Summary | None = None  # of the rounds, in seconds
-    backward: Summary | None = None
-    total: Summary | None = None
-    ratio: Summary | None = None  # the usual implementation's total time / this method's, of the rounds' own ratios
+    launches: int | None = None  # that one call puts on a GPU: kernels, copies, fills
+    times: dict[str, ModeResult] = dataclasses.field(default_factory=dict)  # by mode
+    rates_of: str | None = None  # the mode of the following: "graph" where it was measured, else "launches"
     flops_per_s: float | None = None  # 6 N D min(N, D) / median total time
     share_of_matrix_product: float | None = None
     bytes_per_s: float | None = None  # 6 N D numbers / median total time
@@ -60,19 +70,17 @@ class ShapeResult:
 
     n: int
     d: int
-    truth: str | None  # "reference" or "gram": what gradients were checked against; None: nothing ran
-    truth_loss: float | None
     fused_route: str  # what "auto" takes
     fused_backend: str
     methods: list[MethodResult]
-    orders: list[list[str]]  # of the methods in each round
-    matrix_product_rates: dict[str, list[float]]  # FLOP/s, before and after the rounds
-    matrix_product_rate: float | None  # the best of them
+    truth: str | None = None  # "reference" or "gram": what gradients were checked against; None: nothing ran
+    truth_loss: float | None = None
+    input_sets: int | None = None  # that the calls rotate over
+    rounds: int = 0
+    matrix_product_rates: dict[str, list[float]] = dataclasses.field(default_factory=dict)  # before and after rounds
+    matrix_product_rate: float | None = None  # the best of them, FLOP/s
     bandwidths: list[float] = dataclasses.field(default_factory=list)  # bytes/s of a copy, before and after the rounds
     floor_s: float | None = None  # max(bytes / best bandwidth, flops / matrix_product_rate)
-
-    def method(self, name: str) -> MethodResult | None:
-        return next((method for method in self.methods if method.name == name), None)
 
     @property
     def flops(self) -> int:
@@ -84,72 +92,99 @@ class ShapeResult:
 
 
 def run_shape(
-    peers: list[Peer], n: int, d: int, settings: Settings, progress: Callable[[str], object] = print
+    peers: list[Peer],
+    n: int,
+    d: int,
+    settings: Settings,
+    progress: Callable[[str], object] = print,
+    time_left: float = math.inf,  # seconds for this shape
 ) -> ShapeResult:
     """Everything about one shape. ``progress`` is called with a line on what happens now."""
     device, dtype = settings.device, settings.dtype
-    methods = [MethodResult(peer.name) for peer in peers]
-    shape = ShapeResult(n, d, None, None, *fused_choice(n, d, device), methods, [], {}, None)
-    turns: dict[str, timing.Turn] = {}
+    stop = time.perf_counter() + time_left
+    methods = [MethodResult(peer.name, same_loss=peer.own_loss is None) for peer in peers]
+    shape = ShapeResult(n, d, *fused_choice(n, d, device, dtype), methods)
+    if time_left <= 0:
+        _skip_all(methods, "no time left")
+        return shape
     try:
         progress("float64 truth")
-        z_a, z_b = accuracy.make_inputs(n, d, dtype, device)
-        truth = accuracy.find_truth(z_a, z_b, 0.8 * machine.free_memory(device))
+        views = inputs.make_inputs(n, d, dtype, device)
+        truth = accuracy.find_truth(*views, 0.8 * machine.free_memory(device))
+        sets = inputs.rotating_sets(*views)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not timing.is_out_of_memory(error):
             raise
-        for method in methods:
-            method.failed("skipped", str(error) or "the float64 truth does not fit")
+        _skip_all(methods, str(error) or "the float64 truth does not fit")
         return shape
-    shape.truth, shape.truth_loss = truth.method, truth.loss
+    shape.truth, shape.truth_loss, shape.input_sets = truth.method, truth.loss, len(sets)
+    functions: dict[str, LossFunction] = {}
+    turns: dict[timing.Key, timing.Turn] = {}
     for peer, method in zip(peers, methods, strict=True):
         progress(f"{peer.name}: check")
         try:
-            loss_function = _check(peer, method, z_a, z_b, truth)
-            if loss_function is not None:
-                turns[peer.name], method.passes_per_turn = timing.make_turn(loss_function, z_a, z_b)
+            loss_function = _check(peer, method, views, truth, stop)
+            if loss_function is None:
+                continue
+            functions[peer.name] = loss_function
+            for mode in settings.modes:
+                _add_turn(turns, peer, method, mode, loss_function, sets)
         except Exception as error:
             method.failed("out of memory" if timing.is_out_of_memory(error) else "failed", timing.describe(error))
-        if settings.measure_memory and peer.name in turns:
+            continue
+        if settings.measure_memory:
             progress(f"{peer.name}: memory")
             try:
                 if device.type == "cuda":
-                    method.peak_extra_bytes = memory.cuda_peak(loss_function, z_a, z_b)
+                    method.peak_extra_bytes = memory.cuda_peak(loss_function, *views)
                 else:
                     method.peak_extra_bytes = memory.cpu_peak(peer, n, d, dtype)
-            except RuntimeError as error:
-                method.memory_message = str(error)
+            except Exception as error:
+                method.memory_message = timing.describe(error)
     del truth
     if turns:
         progress("timing")
-        before, bandwidths = machine.matrix_product_rates(device, dtype), machine.bandwidths(device)
-        rounds = timing.interleave(turns, settings.rounds, settings.seconds)
-        after = machine.matrix_product_rates(device, dtype)
-        shape.orders = rounds.orders
-        shape.matrix_product_rates = {name: before[name] + after[name] for name in before}
-        shape.matrix_product_rate = max(max(rates) for rates in shape.matrix_product_rates.values())
-        shape.bandwidths = bandwidths + machine.bandwidths(device)
-        bytes_moved = shape.bytes(dtype.itemsize)
-        shape.floor_s = max(bytes_moved / max(shape.bandwidths), shape.flops / shape.matrix_product_rate)
-        _summarize(shape, rounds, bytes_moved)
+        _time(shape, turns, settings, max(0.0, min(settings.seconds, stop - time.perf_counter())))
+    if device.type == "cuda":  # after the timing: the profiler may leave something behind
+        for method in methods:
+            if method.status == "timed":
+                method.launches = profile.count_launches(functions[method.name], *views)
     return shape
 
 
+def _skip_all(methods: list[MethodResult], message: str) -> None:
+    for method in methods:
+        method.failed("skipped", message)
+
+
+_last_compilation_s: dict[str, float] = {}  # how long a compiled method's first pass took at the last shape
+
+
 def _check(
-    peer: Peer, method: MethodResult, z_a: torch.Tensor, z_b: torch.Tensor, truth: accuracy.Truth
-) -> timing.LossFunction | None:
+    peer: Peer, method: MethodResult, views: inputs.Views, truth: accuracy.Truth, stop: float
+) -> LossFunction | None:
     """The method's loss function if it can run here and is right; else None, and ``method`` says why."""
+    z = views[0]
     if peer.unavailable is not None:
         method.failed("unavailable", peer.unavailable)
         return None
-    needed, free = peer.bytes_needed(*z_a.shape, z_a.itemsize), 0.9 * machine.free_memory(z_a.device)
-    if needed > free:
-        method.failed("skipped", f"needs {needed / 1e9:.3g} GB (predicted), {free / 1e9:.3g} GB are free")
+    method.predicted_extra_bytes = needed = peer.bytes_needed(*z.shape, z.dtype, z.device)
+    gradients = sum(view.nbytes for view in views)
+    if needed + gradients > 0.9 * machine.free_memory(z.device):
+        method.failed("skipped", f"needs {(needed + gradients) / 1e9:.3g} GB")
+        return None
+    last = _last_compilation_s.get(peer.name, 0.0) if peer.compiled else 0.0
+    if time.perf_counter() + last > stop:
+        method.failed("skipped", f"no time left (compiling took {last:.0f} s)" if last else "no time left")
         return None
     loss_function = peer.build()
+    if peer.own_loss is not None:
+        truth = accuracy.own_truth(peer.own_loss, *views)
     start = time.perf_counter()
-    verdict = accuracy.check(loss_function, z_a, z_b, truth)
+    verdict = accuracy.check(loss_function, *views, truth)
     method.first_pass_s = time.perf_counter() - start
+    if peer.compiled:
+        _last_compilation_s[peer.name] = method.first_pass_s
     method.loss, method.loss_error, method.grad_errors = verdict.loss, verdict.loss_error, verdict.grad_errors
     if verdict.wrong is not None:
         method.failed("wrong", verdict.wrong)
@@ -157,47 +192,63 @@ def _check(
     return loss_function
 
 
-def _summarize(shape: ShapeResult, rounds: timing.Rounds, bytes_moved: int) -> None:
+def _add_turn(
+    turns: dict[timing.Key, timing.Turn],
+    peer: Peer,
+    method: MethodResult,
+    mode: str,
+    loss_function: LossFunction,
+    sets: list[inputs.Views],
+) -> None:
+    times = method.times[mode] = ModeResult()
+    if mode == "graph" and peer.compiled:
+        times.message = "replays graphs of its own: see launches"
+        return
+    try:
+        turns[peer.name, mode], times.calls_per_turn = timing.make_turn(mode, loss_function, sets)
+    except Exception as error:
+        if mode != "graph":
+            raise
+        times.message = timing.describe(error)  # not every method can be captured
+        torch.cuda.synchronize()
+
+
+def _time(shape: ShapeResult, turns: dict[timing.Key, timing.Turn], settings: Settings, seconds: float) -> None:
+    device, dtype = settings.device, settings.dtype
+    before, bandwidths = machine.matrix_product_rates(device, dtype), machine.bandwidths(device)
+    rounds = timing.interleave(turns, settings.rounds, seconds)
+    after = machine.matrix_product_rates(device, dtype)
+    shape.rounds = rounds.count
+    shape.matrix_product_rates = {name: before[name] + after[name] for name in before}
+    shape.matrix_product_rate = max(max(rates) for rates in shape.matrix_product_rates.values())
+    shape.bandwidths = bandwidths + machine.bandwidths(device)
+    bytes_moved = shape.bytes(dtype.itemsize)
+    shape.floor_s = max(bytes_moved / max(shape.bandwidths), shape.flops / shape.matrix_product_rate)
     for method in shape.methods:
-        if method.name in rounds.failures:
-            message = rounds.failures[method.name]
-            method.failed("out of memory" if message == "out of memory" else "failed", message)
-        if method.status != "timed":
+        if method.status == "timed":
+            _summarize(shape, method, rounds, bytes_moved)
+
+
+def _summarize(shape: ShapeResult, method: MethodResult, rounds: timing.Rounds, bytes_moved: int) -> None:
+    for mode, times in method.times.items():
+        key = method.name, mode
+        if key in rounds.failures:
+            times.message = rounds.failures[key]
+            method.failed("out of memory" if times.message == "out of memory" else "failed", times.message)
+        totals = rounds.total_s(key)
+        if method.status != "timed" or not totals:
             continue
-        method.forward_s, method.backward_s = rounds.forward_s[method.name], rounds.backward_s[method.name]
-        method.forward = timing.summarize(method.forward_s)
-        method.backward = timing.summarize(method.backward_s)
-        method.total = timing.summarize(rounds.total_s(method.name))
-        method.flops_per_s = shape.flops / method.total.median
-        method.share_of_matrix_product = method.flops_per_s / shape.matrix_product_rate
-        method.bytes_per_s = bytes_moved / method.total.median
-        method.share_of_floor = shape.floor_s / method.total.median
-    baseline = shape.method(BASELINE)
-    for method in shape.methods:
-        if method.total is not None and baseline is not None and baseline.total is not None:
-            own = timing.ratios(rounds.total_s(BASELINE), rounds.total_s(method.name))
-            method.ratio = timing.summarize(own)
-
-
-def grid_line(shape: ShapeResult) -> dict[str, Any]:
-    """The line of a grid: the fused loss against the usual implementation at one shape, with a verdict.
-
-    "faster" or "slower": the interquartile range of the rounds' ratios lies above or below 1; "even": it holds 1;
-    "unsure": fewer than 5 rounds.
-    """
-    fused, baseline = shape.method(FUSED), shape.method(BASELINE)
-    line: dict[str, Any] = {"n": shape.n, "d": shape.d, "route": shape.fused_route, "backend": shape.fused_backend}
-    ratio = None if fused is None else fused.ratio
-    verdict = None
-    if ratio is not None:
-        verdict = "faster" if ratio.q1 > 1 else "slower" if ratio.q3 < 1 else "even"
-        verdict = "unsure" if len(fused.forward_s) < timing.MIN_ROUNDS else verdict
-    return line | {
-        "eager_s": baseline.total.median if baseline is not None and baseline.total else None,
-        "fused_s": fused.total.median if fused is not None and fused.total else None,
-        "ratio": None if ratio is None else dataclasses.asdict(ratio),
-        "flops_per_s": None if fused is None else fused.flops_per_s,
-        "share_of_matrix_product": None if fused is None else fused.share_of_matrix_product,
-        "verdict": verdict,
-        "messages": [f"{m.name}: {m.message}" for m in shape.methods if m.message is not None],
-    }
+        parts = zip(*rounds.parts_s[key], strict=True)
+        times.parts_s = {part: list(seconds) for part, seconds in zip(timing.PARTS[mode], parts, strict=True)}
+        times.total = timing.summarize(totals)
+        if baseline := rounds.total_s((BASELINE, mode)):
+            times.ratio = timing.summarize(timing.ratios(baseline, totals))
+    for mode in ("graph", "launches"):
+        times = method.times.get(mode)
+        if method.status == "timed" and times is not None and times.total is not None:
+            method.rates_of = mode
+            method.flops_per_s = shape.flops / times.total.median
+            method.share_of_matrix_product = method.flops_per_s / shape.matrix_product_rate
+            method.bytes_per_s = bytes_moved / times.total.median
+            method.share_of_floor = shape.floor_s / times.total.median
+            return

@@ -1,0 +1,128 @@
+"""The README's tables and pictures of benchmarks, made from the runs in benchmarks/results.
+
+python -m benchmarks readme            # writes them
+python -m benchmarks readme --check    # says whether they are up to date: exit code 0 or 1
+
+In the README a pair of comments holds each, and names what is shown and of which runs:
+
+    <!-- benchmarks: tables cpu-small -->
+    ...
+    <!-- /benchmarks -->
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from . import pictures, report, results
+from .machine import ROOT
+
+README = ROOT / "README.md"
+RESULTS = Path(__file__).resolve().parent / "results"
+PICTURES = ROOT / "docs"
+BLOCK = re.compile(r"(<!-- benchmarks: (\w+) ([\w-]+) -->\n).*?(<!-- /benchmarks -->)", re.DOTALL)
+
+
+def render(readme: str, folder: Path = RESULTS) -> str:
+    """The README with all of its blocks made anew."""
+
+    def block(match: re.Match) -> str:
+        view, name = match[2], match[3]
+        if view not in VIEWS:
+            raise ValueError(f"README.md: {view!r} is not a view; accepted: {', '.join(VIEWS)}")
+        return f"{match[1]}{VIEWS[view](results.load(folder / f'{name}.json'), name)}\n{match[4]}"
+
+    return BLOCK.sub(block, readme)
+
+
+def drawn(readme: str) -> list[str]:
+    """The runs that a picture is shown of."""
+    return [match[3] for match in BLOCK.finditer(readme) if match[2] == "picture"]
+
+
+def picture_path(name: str) -> Path:
+    return PICTURES / f"benchmark-{name}.png"
+
+
+def headline(run: dict[str, Any], name: str) -> str:
+    """The usual implementation beside the fused one, in a table that Markdown draws."""
+    settings, hardware = run["settings"], run["machine"]
+    where = hardware["gpu"]["name"] if hardware["gpu"] else f"{hardware['cores']} CPU cores"
+    rows = [
+        f"| forward + backward, {where}, {settings['dtype']} | usual | barlow_fused | ratio | memory, usual | fused |",
+        "|---|---|---|---|---|---|",
+    ]
+    for shape in run["shapes"]:
+        line = report.summary_line(shape)
+        if line["ratio"] is None:
+            continue
+        held = {method["name"]: method["peak_extra_bytes"] for method in shape["methods"]}
+        memory = (report._bytes(held.get(method)) for method in ("eager", "fused"))
+        times = f"{report._ms(line['eager_s'])} ms | {report._ms(line['fused_s'])} ms"
+        ratio = report._ratio(line["ratio"]["median"])
+        rows.append(f"| N = {shape['n']}, D = {shape['d']} | {times} | {ratio} | {' | '.join(memory)} |")
+    return "\n".join([*rows, *_busy(run)])
+
+
+def summary(run: dict[str, Any], name: str) -> str:
+    return _text(run, report.print_summary)
+
+
+def ratios(run: dict[str, Any], name: str) -> str:
+    return _text(run, report.print_ratios)
+
+
+def tables(run: dict[str, Any], name: str) -> str:
+    def print_all(console: Any, run: dict[str, Any]) -> None:
+        report.print_run(console, run)
+        console.print(f"{run['seconds']:.0f} s in all.")
+
+    return _text(run, print_all)
+
+
+def picture(run: dict[str, Any], name: str) -> str:
+    hardware = run["machine"]
+    where = hardware["gpu"]["name"] if hardware["gpu"] else f"{hardware['cpu']}, {hardware['cores']} cores"
+    path = picture_path(name).relative_to(ROOT)
+    return f"![Time against D, memory against D, roofline: {where}, {run['settings']['dtype']}]({path})"
+
+
+VIEWS = {function.__name__: function for function in (headline, summary, ratios, tables, picture)}
+
+
+def _text(run: dict[str, Any], print_all: Any) -> str:
+    return f"```text\n{report.text_of(lambda console: print_all(console, run))}\n```"
+
+
+def _busy(run: dict[str, Any]) -> list[str]:
+    hardware = run["machine"]
+    if hardware["load"] <= hardware["cores"] / 2:
+        return []
+    return ["", f"(Other programs were running, load {hardware['load']:.1f} on {hardware['cores']} cores: rough.)"]
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks readme", description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, say whether all is up to date")
+    args = parser.parse_args(argv)
+    readme = README.read_text()
+    fresh = render(readme)
+    old = [README.name] if fresh != readme else []
+    for name in drawn(fresh):
+        path, run = picture_path(name), results.load(RESULTS / f"{name}.json")
+        if not path.exists() or pictures.digest_of(path) != pictures.digest(run):
+            old.append(str(path.relative_to(ROOT)))
+            if not args.check:
+                pictures.draw(run, path)
+    if not args.check:
+        README.write_text(fresh)
+    print("\n".join(f"{'out of date' if args.check else 'written'}: {name}" for name in old) or "up to date")
+    return int(args.check and bool(old))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
