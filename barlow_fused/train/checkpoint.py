@@ -37,8 +37,8 @@ def save(contents: dict[str, Any], path: Path) -> None:
     except (OSError, RuntimeError) as error:  # PyTorch's writer turns some of the first into the second
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)  # gives a full disk its room back
-        reason = error.strerror if isinstance(error, OSError) else (error.__context__ or error)
-        raise CheckpointError(f"{path} could not be written: {reason}") from error
+        cause = error if isinstance(error, OSError) else error.__context__
+        raise CheckpointError(f"{path} could not be written: {getattr(cause, 'strerror', error)}") from error
 
 
 def load(path: Path) -> dict[str, Any]:

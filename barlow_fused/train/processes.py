@@ -80,8 +80,8 @@ def synchronise_batch_norm(model: nn.Module, device: str) -> nn.Module:
     for name, child in model.named_children():
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
             twin = SyncBatchNormOnCPU(child.num_features, child.eps, child.momentum, child.affine)
-            twin.load_state_dict(child.state_dict())
-            setattr(model, name, twin.to(next(iter(child.state_dict().values())).dtype).train(child.training))
+            twin._parameters, twin._buffers = child._parameters, child._buffers  # an optimiser may have them already
+            setattr(model, name, twin.train(child.training))
         else:
             synchronise_batch_norm(child, device)
     return model

@@ -176,12 +176,12 @@ def fit(
                 f"a weight is NaN or infinite after step {step}: a lower --lr-weights may help. The last finite "
                 f"weights are in {config.out / checkpoint.FOLDER}, those at the end in {config.out / 'diverged.pt'}"
             )
-        path = checkpoint.path_of(config.out, step)
-        if by.first and not path.exists():
+        if by.first:
             checkpoint.write(config.out, step, contents, config.keep)
-        return f"The state after step {step} is in {path}"
+        return f"The state after step {step} is in {checkpoint.path_of(config.out, step)}"
 
-    keep(first)
+    if config.out != config.resume:  # where that state is already
+        keep(first)
     network.train()
     views = batches(
         parts,

@@ -1,0 +1,42 @@
+"""What every process of tests/test_train_resume.py's several-process test runs, under torchrun:
+
+    torchrun --standalone --nproc-per-node 2 tests/train_processes.py FOLDER
+
+One training run after the other, each into a folder of its own; without evaluation, but for the first.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from barlow_fused.train import evaluate, main, processes, trainer
+
+COMMON = ["--precision", "fp64", "--steps", "6", "--batch-size", "32", "--warmup-epochs", "0.05", "--device", "cpu"]
+COMMON += ["--checkpoint-every", "3"]
+SGD = ["--optimizer", "sgd", "--weight-decay", "0", "--projector", "64-96", "--lr-weights", "2e-3"]
+RUNS = {
+    "evaluated": ["--projector", "16-32", "--steps", "1"],
+    "fused": ["--projector", "64-256"],
+    "reference": ["--projector", "64-256", "--loss", "reference"],
+    "accumulated": ["--projector", "64-32", "--accumulate", "2"],
+    "official": [*SGD, "--lr-biases", "2e-3", "--gradient", "official"],
+    "official reference": [*SGD, "--lr-biases", "2e-3", "--gradient", "official", "--loss", "reference"],
+    "own batch norm": ["--projector", "64-256", "--no-sync-batch-norm"],
+}
+
+
+def train(folder: Path, name: str, *flags: str) -> None:
+    assert main([*COMMON, *RUNS[name], *flags, "--out", str(folder / name)]) == 0
+
+
+if __name__ == "__main__":
+    evaluate.DRAWS = 1
+    processes.stop = lambda: None  # the next run goes on with the same processes
+    folder = Path(sys.argv[1])
+    for name in RUNS:
+        train(folder, name)
+        for method in ("look", "accuracy", "pixels", "draw", "knn"):
+            setattr(trainer.Monitor, method, lambda self: None)
+    assert main([*COMMON, *RUNS["fused"], "--steps", "4", "--out", str(folder / "resumed")]) == 0
+    assert main(["--resume", str(folder / "resumed"), "--steps", "6"]) == 0
