@@ -24,7 +24,7 @@ import torch
 from . import compare, machine, report, results
 from .accuracy import TOLERANCES
 from .peers import LAMBD, choose_peers
-from .presets import PRESETS, shapes_of
+from .presets import BUDGETS_S, PRESETS, shapes_of
 from .run import Settings, run_shape
 from .timing import MODES
 
@@ -68,7 +68,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help=f"for timing a shape (default: {SECONDS:.0f}); at least 5 rounds are made unless one alone takes longer",
     )
     parser.add_argument(
-        "--budget", type=_positive(float), metavar="S", help="for the whole run; what is left is shared"
+        "--budget",
+        type=_positive(float),
+        metavar="S",
+        help="for the whole run: rounds are cut, compilations that would not fit are skipped",
     )
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--brief", action="store_true", help="print only one line a shape: fused against eager")
@@ -80,6 +83,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.preset and (args.n or args.d):
         parser.error("argument --preset: give either a preset, or --n and --d")
     args.shapes = shapes_of(args.preset) if args.preset else list(itertools.product(args.n or [256], args.d or [8192]))
+    if args.preset and len(args.preset) == 1:
+        args.budget = args.budget or BUDGETS_S.get(args.preset[0])
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("argument --device: cuda was asked for, but PyTorch finds no CUDA GPU here")

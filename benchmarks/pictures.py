@@ -21,7 +21,7 @@ METHODS = {  # those that are drawn; forced routes and backends of the fused los
     "fft-relaxed": "#66a61e",
     FUSED: "#d95f02",
 }
-MARKERS = "osD^vP*X<>"  # of the values of N, in the roofline
+MARKERS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼", "P": "✚", "*": "★", "X": "✖"}  # of N, in the roofline
 DIGEST = "Source"  # the field of the file
 
 
@@ -85,7 +85,7 @@ def _draw_roofline(axes: Any, report: dict[str, Any]) -> None:
     """The least FLOPs that a loss needs over the least bytes, and the rate at which each method gets them done."""
     itemsize = {"float64": 8, "float32": 4}.get(report["settings"]["dtype"], 2)
     shapes = [shape for shape in report["shapes"] if shape["floor_s"] is not None]
-    markers = dict(zip(sorted({shape["n"] for shape in shapes}), MARKERS * len(shapes), strict=False))
+    markers = dict(zip(sorted({shape["n"] for shape in shapes}), [*MARKERS] * len(shapes), strict=False))
     intensities = {min(shape["n"], shape["d"]) / itemsize for shape in shapes}
     for shape in shapes:
         for method in shape["methods"]:
@@ -97,7 +97,7 @@ def _draw_roofline(axes: Any, report: dict[str, Any]) -> None:
         rate = max(shape["matrix_product_rate"] for shape in shapes)
         ends = sorted({min(intensities) / 2, rate / bandwidth, max(intensities) * 2, 2 * rate / bandwidth})
         axes.plot(ends, [min(rate, x * bandwidth) / 1e9 for x in ends], color="black", linestyle=":")
-    key = ", ".join(f"{marker} {n}" for n, marker in markers.items())
+    key = ", ".join(f"{MARKERS[marker]} {n}" for n, marker in markers.items())
     axes.set(title="roofline", ylabel="GFLOP/s", xlabel=f"FLOPs a byte, of the least that are needed\nN: {key}")
     axes.set(xscale="log", yscale="log")
 

@@ -13,6 +13,7 @@ PRESETS: dict[str, tuple[Shape, ...]] = {
     "headline": ((256, 2048), (256, 8192), (512, 8192), (128, 16384)),  # of the README
 }
 PRESETS["all"] = tuple(dict.fromkeys(shape for name in ("small", "paper", "wide", "tall") for shape in PRESETS[name]))
+BUDGETS_S = {"small": 100.0}  # of a preset, where --budget says nothing else
 
 
 def shapes_of(names: list[str]) -> list[Shape]:

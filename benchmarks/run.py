@@ -173,9 +173,9 @@ def _check(
     if needed + gradients > 0.9 * machine.free_memory(z.device):
         method.failed("skipped", f"needs {(needed + gradients) / 1e9:.3g} GB")
         return None
-    last = _last_compilation_s.get(peer.name, 0.0) if peer.compiled else 0.0
-    if time.perf_counter() + last > stop:
-        method.failed("skipped", f"no time left (compiling took {last:.0f} s)" if last else "no time left")
+    last = _last_compilation_s.get(peer.name, 0.0)
+    if time.perf_counter() + last > stop and peer.compiled:
+        method.failed("skipped", f"no time left (compiling took {last:.0f} s)")
         return None
     loss_function = peer.build()
     if peer.own_loss is not None:
@@ -247,6 +247,8 @@ def _summarize(shape: ShapeResult, method: MethodResult, rounds: timing.Rounds, 
         times = method.times.get(mode)
         if method.status == "timed" and times is not None and times.total is not None:
             method.rates_of = mode
+            if not method.same_loss:  # it needs other FLOPs
+                return
             method.flops_per_s = shape.flops / times.total.median
             method.share_of_matrix_product = method.flops_per_s / shape.matrix_product_rate
             method.bytes_per_s = bytes_moved / times.total.median

@@ -9,6 +9,7 @@ import csv
 import dataclasses
 import functools
 import json
+import re
 import sys
 
 import pytest
@@ -504,6 +505,7 @@ def test_another_loss_is_checked_against_its_own_truth(plant, capsys):
     assert main([*FAST, "--peers", "right,wrong"]) == 1
     text = capsys.readouterr().out
     assert "right *" in text
+    assert re.search(r"^right \*.* - +- +- ", text, re.MULTILINE)  # no rates: it needs other FLOPs
     assert text.count("wrong: grad error") == 1
 
 
