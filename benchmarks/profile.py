@@ -86,7 +86,7 @@ def profile_call(
     if trace is not None:
         profiler.export_chrome_trace(str(trace))
     events = profiler.events()
-    kernels = _add_up(((event.name, event.device_time) for event in events if _on_gpu(event)), calls)
+    kernels = _add_up(((event.name, event.time_range.elapsed_us()) for event in events if _on_gpu(event)), calls)
     processor = _add_up(
         (
             (_part_of(event, device), event.self_cpu_time_total)

@@ -704,6 +704,10 @@ def test_cuda(dtype, capsys, monkeypatch, tmp_path):
     assert set(eager["times"]) == set(timing.MODES)
     assert eager["times"]["graph"]["total"] is not None
     assert eager["rates_of"] == "graph"
+    assert main(["profile", "--device", "cuda", "--n", "32", "--d", "256", "--calls", "2"]) == 0
+    profiled = capsys.readouterr().out
+    for part in ("dispatch", "launches (CUDA driver)", "(GPU waits)"):
+        assert part in profiled
     for backend in ("torch", "triton"):
         if backends.why_unusable(backend, torch.device("cuda")) is None:
             assert text.count(f"fused gram {backend}") == text.count(f"fused direct {backend}") == 2
