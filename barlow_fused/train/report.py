@@ -61,7 +61,7 @@ class Progress:
 
 def print_gain(console: Console, results: dict[str, Accuracy], labelled: int, test: int) -> None:
     """The closing table: accuracies of each representation, the last one's gain over the one before it."""
-    title = f"Accuracy (%) on {test} held-out images, from {FEW} labels a class or all {labelled}"
+    title = f"Accuracy (%) on {test} held-out images, of at most {labelled} labels"
     table = Table(title=title, title_justify="left")
     table.add_column("frozen representation")
     for heading in (f"k-NN\n{FEW} a class", f"linear probe\n{FEW} a class", "k-NN\nall labels"):
