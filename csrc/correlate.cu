@@ -78,6 +78,7 @@ CorrelatePlan plan_correlate(int n, int d, DType dtype, Precision precision, int
 }
 
 void correlate(const Correlate& p, Stream stream) {
+  check_aligned(p.c.data, "c", "correlate", p.n, p.d);
   if (hopper_can_correlate(p, stream.device)) return hopper_correlate(p, stream);
   switch (p.a_hat.dtype) {
     case DType::bfloat16:

@@ -65,9 +65,22 @@ inline std::string launch_name(const char* kernel, int n, int d) {
   return std::string(kernel) + " (N = " + std::to_string(n) + ", D = " + std::to_string(d) + ")";
 }
 
+constexpr int largest_side = 1 << 21;  // of a matrix: its tiles of 64, squared, are 2^30
+
+// Kernels read and write it 16 bytes at a time.
+inline void check_aligned(const void* data, const char* name, const char* kernel, int n, int d) {
+  if (reinterpret_cast<uintptr_t>(data) % 16 != 0) {
+    throw std::runtime_error(launch_name(kernel, n, d) + ": " + name + " must begin at a multiple of 16 bytes");
+  }
+}
+
 // What a launch asks for must be there. `what` says which launch.
 template <class What>
-void check_launch(const What& what, int64_t blocks, int shared_bytes, int available) {
+void check_launch(const What& what, int n, int d, int64_t blocks, int shared_bytes, int available) {
+  if (larger(n, d) > largest_side) {
+    throw std::runtime_error(what() + ": tiles are counted in 32 bits, for at most " + std::to_string(largest_side) +
+                             " samples and features");
+  }
   if (blocks < 1 || blocks > 0x7fffffff) {
     throw std::runtime_error(what() + ": cannot launch " + std::to_string(blocks) + " blocks");
   }

@@ -199,7 +199,7 @@ template <class Kernel>
 void launch(int64_t blocks, int shared_bytes, Stream stream, const typename Kernel::Params& params, int n, int d) {
   const auto what = [=] { return launch_name(Kernel::name, n, d); };
   const DeviceInfo& info = device_info(stream.device);
-  check_launch(what, blocks, shared_bytes, info.shared_bytes);
+  check_launch(what, n, d, blocks, shared_bytes, info.shared_bytes);
   const DeviceGuard guard(stream.device);
   if (shared_bytes > 48 * 1024) {
     static std::mutex mutex;

@@ -86,6 +86,7 @@ GramPlan plan_gram(int n, int d, DType dtype, Precision precision, int device) {
 }
 
 void gram(const Gram& p, Stream stream) {
+  check_aligned(p.partials, "partials", "gram", p.n, p.d);
   if (hopper_can_gram(p, stream.device)) return hopper_gram(p, stream);
   switch (p.a_hat.dtype) {
     case DType::bfloat16:

@@ -241,7 +241,7 @@ void launch_clusters(int64_t clusters, int shared_bytes, Stream stream, const ty
     const std::lock_guard<std::mutex> lock(mutex);
     int& known = at_once[stream.device];
     if (known == 0) {
-      check_launch(what, 1, shared_bytes, device_info(stream.device).shared_bytes);
+      check_launch(what, n, d, 1, shared_bytes, device_info(stream.device).shared_bytes);
       check(cudaFuncSetAttribute(cluster_entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
             what);
       cudaLaunchConfig_t config{};
@@ -260,7 +260,7 @@ void launch_clusters(int64_t clusters, int shared_bytes, Stream stream, const ty
     most = known;
   }
   const int64_t blocks = smaller<int64_t>(clusters, most) * Kernel::cluster;
-  check_launch(what, blocks, shared_bytes, device_info(stream.device).shared_bytes);
+  check_launch(what, n, d, blocks, shared_bytes, device_info(stream.device).shared_bytes);
   cluster_entry<Kernel>
       <<<static_cast<unsigned>(blocks), Kernel::threads, shared_bytes, static_cast<cudaStream_t>(stream.handle)>>>(
           params);

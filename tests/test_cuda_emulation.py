@@ -110,6 +110,36 @@ def test_arguments_are_checked(module):
         module.gram(a_hat=(0, 1, 1, 7))
 
 
+def test_what_python_cannot_see_is_checked(module):
+    """Where memory begins, and how many tiles there are."""
+    z = torch.randn(8, 64)
+    cuda_backend.use(module)
+    try:
+        x = cuda_backend.normalize(z, z, None)
+        plan = module.plan_gram(8, 64, 0, False, 0)
+        arguments = {
+            "a_hat": cuda_backend.matrix(z),
+            "b_hat": cuda_backend.matrix(z),
+            "k": None,
+            "inner": torch.empty(plan.tiles, dtype=torch.float64).data_ptr(),
+            "block": plan.block,
+            "split": plan.split,
+            "steps": plan.steps,
+            "shift": 0.0,
+            "tf32": False,
+            **cuda_backend._forward(x, cuda_backend._empty_terms(z), 0.1, 1.0),
+        }
+        partials = torch.empty(plan.partials + 1)
+        with pytest.raises(
+            RuntimeError, match=r"gram \(N = 8, D = 64\): partials must begin at a multiple of 16 bytes"
+        ):
+            module.gram(n=8, d=64, partials=partials[1:].data_ptr(), **arguments)
+        with pytest.raises(RuntimeError, match=r"N = 8, D = 2097153\): tiles are counted in 32 bits"):
+            module.gram(n=8, d=2**21 + 1, partials=partials.data_ptr(), **arguments)
+    finally:
+        cuda_backend.use(None)
+
+
 @pytest.mark.skipif(MODULE in os.environ, reason="runs in the outer process")
 def test_under_the_sanitizers():
     """A part of the tests above with AddressSanitizer and UndefinedBehaviorSanitizer, in a process of its own."""

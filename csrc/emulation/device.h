@@ -245,7 +245,7 @@ inline const DeviceInfo& device_info(int) { return emulated_device(); }
 template <class Kernel>
 void launch(int64_t blocks, int shared_bytes, Stream, const typename Kernel::Params& params, int n, int d) {
   const auto what = [=] { return launch_name(Kernel::name, n, d); };
-  check_launch(what, blocks, shared_bytes, device_info(0).shared_bytes);
+  check_launch(what, n, d, blocks, shared_bytes, device_info(0).shared_bytes);
   emulation::run_blocks(
       blocks, Kernel::threads, shared_bytes,
       [](const void* p) { Kernel::run(*static_cast<const typename Kernel::Params*>(p)); }, &params, what());

@@ -307,7 +307,7 @@ void launch_clusters(int64_t clusters, int shared_bytes, Stream, const typename 
   const auto what = [=] { return launch_name(Kernel::name, n, d); };
   const int64_t most = larger(1, device_info(0).multiprocessors / Kernel::cluster);
   const int64_t blocks = smaller<int64_t>(clusters, most) * Kernel::cluster;
-  check_launch(what, blocks, shared_bytes, device_info(0).shared_bytes);
+  check_launch(what, n, d, blocks, shared_bytes, device_info(0).shared_bytes);
   emulation::run_blocks(
       blocks, Kernel::threads, shared_bytes,
       [](const void* p) { Kernel::run(*static_cast<const typename Kernel::Params*>(p)); }, &params, what(),
