@@ -127,7 +127,7 @@ def test_what_python_cannot_see_is_checked(module):
             "steps": plan.steps,
             "shift": 0.0,
             "tf32": False,
-            **cuda_backend._forward(x, cuda_backend._empty_terms(z), 0.1, 1.0),
+            **cuda_backend._forward(x, cuda_backend.empty_terms(z), 0.1, 1.0),
         }
         partials = torch.empty(plan.partials + 1)
         with pytest.raises(

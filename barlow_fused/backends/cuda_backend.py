@@ -27,6 +27,7 @@ from torch import Tensor
 from ..normalization import Normalization
 from ..reference import BarlowTwinsTerms
 from . import Weights, why_no_gpu
+from .normalized import Normalized, empty_terms
 from .triton_kernels import configs
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # kernels.h's DType
@@ -77,45 +78,6 @@ def why_not_here(device: torch.device) -> str | None:
 def _why_old_driver() -> str | None:
     built, driver = int(extension().cuda_version.split(".")[0]), torch._C._cuda_getDriverVersion() // 1000
     return None if driver >= built else f"it is built with CUDA {built}, and this NVIDIA driver is of CUDA {driver}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Normalized:
-    """Two views, standardised, and every feature's statistics."""
-
-    z_a: Tensor  # [N, D]
-    z_b: Tensor  # [N, D]
-    normalization: Normalization | None  # None: A_hat and B_hat are the inputs themselves
-    hats: Tensor | None  # [2, N, D] A_hat and B_hat
-    stats: Tensor  # [11, D] float32, the rows that kernels.h names; [1, D], only c, without normalization
-    sums: Tensor | None = None  # [2, slabs] float64: of (c_i - 1)^2 and of c_i^2; forward only
-    counters: Tensor | None = None  # int32 zeros for the kernel that comes next; forward only
-
-    def saved(self) -> list[Tensor]:
-        """What a backward pass needs, beside the inputs, to build this again."""
-        return [self.stats] if self.hats is None else [self.stats, self.hats]
-
-    @classmethod
-    def from_saved(
-        cls, z_a: Tensor, z_b: Tensor, normalization: Normalization | None, saved: list[Tensor]
-    ) -> Normalized:
-        """Build again what ``saved`` was taken from."""
-        return cls(z_a, z_b, normalization, saved[1] if normalization is not None else None, saved[0])
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What is multiplied."""
-        return self.z_a.dtype if self.hats is None else self.hats.dtype
-
-    @property
-    def raw(self) -> bool:
-        """Whether A_hat and B_hat are rounded, so that z itself is the better source where it can be used."""
-        return self.hats is not None and self.hats.dtype != torch.float32
-
-    @functools.cached_property
-    def views(self) -> tuple[Tensor, Tensor]:  # [N, D], [N, D]
-        """A_hat and B_hat."""
-        return (self.z_a, self.z_b) if self.hats is None else self.hats.unbind()
 
 
 def empty_saved(z_a: Tensor, route: str, normalization: Normalization | None) -> list[Tensor]:
@@ -173,7 +135,7 @@ def gram(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[Ba
     k = _empty(x.z_a, x.dtype, 2, n, n) if need_grad else None
     partials = x.stats.new_empty(plan.partials)
     inner = x.sums.new_empty(plan.tiles)
-    terms = _empty_terms(x.z_a)
+    terms = empty_terms(x.z_a)
     extension().gram(
         a_hat=matrix(a_hat),
         b_hat=matrix(b_hat),
@@ -206,7 +168,7 @@ def correlate(
     c = _empty(x.z_a, dtype or x.dtype, d, d) if need_grad else None
     row_sums = x.stats.new_empty(2, plan.tiles, d) if need_grad and x.normalization is not None else None
     off_sums = x.sums.new_empty(plan.tiles**2)
-    terms = _empty_terms(x.z_a)
+    terms = empty_terms(x.z_a)
     extension().correlate(
         z_a=matrix(x.z_a if x.raw else None),
         z_b=matrix(x.z_b if x.raw else None),
@@ -357,7 +319,3 @@ def _empty(z: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
 
 def _empty_stats(z: Tensor, normalization: Normalization | None) -> Tensor:
     return torch.empty(1 if normalization is None else STATS_ROWS, z.shape[1], dtype=torch.float32, device=z.device)
-
-
-def _empty_terms(z: Tensor) -> BarlowTwinsTerms:
-    return BarlowTwinsTerms(*(torch.empty((), dtype=torch.float32, device=z.device) for _ in range(3)))

@@ -18,7 +18,6 @@ to what PyTorch does.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 from typing import Any
 
@@ -29,6 +28,7 @@ from torch import Tensor
 from ..normalization import Normalization
 from ..reference import BarlowTwinsTerms
 from . import Weights
+from .normalized import Normalized, empty_terms
 from .triton_kernels import configs
 from .triton_kernels.configs import Blocks, precision_of
 from .triton_kernels.correlate import correlate_kernel, correlate_terms_kernel
@@ -38,45 +38,6 @@ from .triton_kernels.gram_grad import gram_grad_kernel
 from .triton_kernels.normalize import apply_moments_kernel, moments_kernel, normalize_kernel
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclasses.dataclass(frozen=True)
-class Normalized:
-    """Two views, standardised, and every feature's statistics."""
-
-    z_a: Tensor  # [N, D]
-    z_b: Tensor  # [N, D]
-    normalization: Normalization | None  # None: A_hat and B_hat are the inputs themselves
-    hats: Tensor | None  # [2, N, D] A_hat and B_hat
-    stats: Tensor  # [1, 7 or 9; D] float32, the rows that blocks.py names
-    sums: Tensor | None = None  # [2, slabs] float64: of (c_i - 1)^2 and of c_i^2; forward only
-    counters: Tensor | None = None  # int32 zeros for the kernel that comes next; forward only
-
-    def saved(self) -> list[Tensor]:
-        """What a backward pass needs, beside the inputs, to build this again."""
-        return [self.stats] if self.hats is None else [self.stats, self.hats]
-
-    @classmethod
-    def from_saved(
-        cls, z_a: Tensor, z_b: Tensor, normalization: Normalization | None, saved: list[Tensor]
-    ) -> Normalized:
-        """Build again what ``saved`` was taken from."""
-        return cls(z_a, z_b, normalization, saved[1] if normalization is not None else None, saved[0])
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What is multiplied."""
-        return self.z_a.dtype if self.hats is None else self.hats.dtype
-
-    @property
-    def raw(self) -> bool:
-        """Whether A_hat and B_hat are rounded, so that z itself is the better source where it can be used."""
-        return self.hats is not None and self.hats.dtype != torch.float32
-
-    @functools.cached_property
-    def views(self) -> tuple[Tensor, Tensor]:  # [N, D], [N, D]
-        """A_hat and B_hat."""
-        return (self.z_a, self.z_b) if self.hats is None else self.hats.unbind()
 
 
 def empty_saved(z_a: Tensor, route: str, normalization: Normalization | None) -> list[Tensor]:
@@ -139,7 +100,7 @@ def gram(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[Ba
     blocks = chip.gram(n, x.dtype)
     tiles = configs.triangle(n, blocks.m)
     split, steps = chip.split(n, d, x.z_a.element_size(), blocks)
-    terms = _empty_terms(x.z_a)
+    terms = empty_terms(x.z_a)
     a_hat, b_hat = x.views
     k = x.z_a.new_empty(2, n, n, dtype=x.dtype) if need_grad else None
     partials = x.stats.new_empty(split * 2 * tiles * blocks.m**2)
@@ -177,7 +138,7 @@ def correlate(
     precision = precision_of(x.dtype)
     blocks = configs.chip(x.z_a.device).correlate(d, x.dtype)
     tiles = triton.cdiv(d, blocks.m)
-    terms = _empty_terms(x.z_a)
+    terms = empty_terms(x.z_a)
     c = x.z_a.new_empty(d, d, dtype=dtype or x.dtype) if need_grad else None
     row_sums = x.stats.new_empty(2, tiles, d) if need_grad and x.normalization is not None else None
     off_sums = x.sums.new_empty(tiles**2)
@@ -313,10 +274,6 @@ def _direct_grad(x: Normalized, c: Tensor, weights: Weights, grads: tuple[Tensor
 def _empty_stats(z: Tensor, normalization: Normalization | None, dtype: torch.dtype) -> Tensor:
     rows = configs.stats_rows(normalization is not None, raw=dtype != torch.float32)
     return torch.empty(rows, z.shape[1], dtype=torch.float32, device=z.device)
-
-
-def _empty_terms(z: Tensor) -> BarlowTwinsTerms:
-    return BarlowTwinsTerms(*(torch.empty((), dtype=torch.float32, device=z.device) for _ in range(3)))
 
 
 def _chunk(precision: str, length: int) -> int:
