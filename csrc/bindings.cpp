@@ -134,16 +134,16 @@ PYBIND11_MODULE(BARLOW_MODULE, module) {
   module.attr("architectures") = BARLOW_ARCHITECTURES;  // "sm_80 sm_90 sm_90a sm_100 compute_80"
 #endif
 
-  py::class_<NormalizePlan>(module, "NormalizePlan")
+  py::class_<NormalizePlan>(module, "NormalizePlan", py::module_local())
       .def_readonly("slabs", &NormalizePlan::slabs)
       .def_readonly("chunks", &NormalizePlan::chunks);
-  py::class_<GramPlan>(module, "GramPlan")
+  py::class_<GramPlan>(module, "GramPlan", py::module_local())
       .def_readonly("block", &GramPlan::block)
       .def_readonly("tiles", &GramPlan::tiles)
       .def_readonly("split", &GramPlan::split)
       .def_readonly("steps", &GramPlan::steps)
       .def_readonly("partials", &GramPlan::partials);
-  py::class_<CorrelatePlan>(module, "CorrelatePlan")
+  py::class_<CorrelatePlan>(module, "CorrelatePlan", py::module_local())
       .def_readonly("block", &CorrelatePlan::block)
       .def_readonly("tiles", &CorrelatePlan::tiles);
   module.def("plan_normalize", [](int n, int d, int dtype, int device) {

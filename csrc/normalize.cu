@@ -243,8 +243,8 @@ BARLOW_DEVICE void finish_stats(const Normalize& p, const Slab<T, GROUPS>& slab,
   for (int i = thread(); i < share && first + i < p.counter_count; i += normalize_threads) p.counters[first + i] = 0;
 }
 
-// A row of A_hat and of B_hat. T: what z holds, H: what they hold.
-template <class T, class H, int GROUPS>
+// A row of A_hat and of B_hat.
+template <class T, int GROUPS>
 BARLOW_DEVICE void store_hats(const NormalizeParams& params, const Slab<T, GROUPS>& slab, const Moments<per_vec<T>>& m,
                               const float (&rstd_a)[per_vec<T>], const float (&rstd_b)[per_vec<T>], int row,
                               float (&a)[per_vec<T>], float (&b)[per_vec<T>]) {
@@ -253,12 +253,12 @@ BARLOW_DEVICE void store_hats(const NormalizeParams& params, const Slab<T, GROUP
     a[e] = (a[e] - m.mean_a[e]) * rstd_a[e];
     b[e] = (b[e] - m.mean_b[e]) * rstd_b[e];
   }
-  store_row<H>(params.p.a_hat, params.hat_vectors, row, slab.column, slab.count, a);
-  store_row<H>(params.p.b_hat, params.hat_vectors, row, slab.column, slab.count, b);
+  store_row_as<T>(params.p.a_hat, params.hat_vectors, row, slab.column, slab.count, a);
+  store_row_as<T>(params.p.b_hat, params.hat_vectors, row, slab.column, slab.count, b);
 }
 
 // All samples at once.
-template <class T, class H, int GROUPS>
+template <class T, int GROUPS>
 struct NormalizeKernel {
   using Params = NormalizeParams;
   static constexpr const char* name = "normalize";
@@ -273,7 +273,7 @@ struct NormalizeKernel {
     finish_stats(params.p, slab, m, rstd_a, rstd_b);
     if (!params.p.normalized) return;
     slab.for_rows([&](int row, float (&a)[per_vec<T>], float (&b)[per_vec<T>]) {
-      store_hats<T, H>(params, slab, m, rstd_a, rstd_b, row, a, b);
+      store_hats<T>(params, slab, m, rstd_a, rstd_b, row, a, b);
     });
   }
 };
@@ -307,7 +307,7 @@ struct MomentsKernel {
 };
 
 // Second phase: all chunks' moments combined, and one chunk standardised.
-template <class T, class H>
+template <class T>
 struct ApplyMomentsKernel {
   using Params = NormalizeParams;
   static constexpr const char* name = "normalize, apply";
@@ -355,25 +355,25 @@ struct ApplyMomentsKernel {
         a[e] -= slab.shift[0][e];
         b[e] -= slab.shift[1][e];
       }
-      store_hats<T, H>(params, slab, m, rstd_a, rstd_b, row, a, b);
+      store_hats<T>(params, slab, m, rstd_a, rstd_b, row, a, b);
     }
   }
 };
 
-template <class T, class H>
+template <class T>
 void launch_normalize(const NormalizeParams& params, const SlabLayout& layout, Stream stream) {
   const Normalize& p = params.p;
   const int shared = slab_bytes(params.rows, layout.groups) + scratch_bytes(layout.groups);
   if (layout.chunks > 1) {
     const int64_t blocks = static_cast<int64_t>(p.slabs) * layout.chunks;
     launch<MomentsKernel<T>>(blocks, shared, stream, params, p.n, p.d);
-    launch<ApplyMomentsKernel<T, H>>(p.normalized ? blocks : p.slabs, scratch_bytes(8), stream, params, p.n, p.d);
+    launch<ApplyMomentsKernel<T>>(p.normalized ? blocks : p.slabs, scratch_bytes(8), stream, params, p.n, p.d);
   } else if (layout.groups == 8) {
-    launch<NormalizeKernel<T, H, 8>>(p.slabs, shared, stream, params, p.n, p.d);
+    launch<NormalizeKernel<T, 8>>(p.slabs, shared, stream, params, p.n, p.d);
   } else if (layout.groups == 4) {
-    launch<NormalizeKernel<T, H, 4>>(p.slabs, shared, stream, params, p.n, p.d);
+    launch<NormalizeKernel<T, 4>>(p.slabs, shared, stream, params, p.n, p.d);
   } else {
-    launch<NormalizeKernel<T, H, 2>>(p.slabs, shared, stream, params, p.n, p.d);
+    launch<NormalizeKernel<T, 2>>(p.slabs, shared, stream, params, p.n, p.d);
   }
 }
 
@@ -388,19 +388,15 @@ NormalizePlan plan_normalize(int n, int d, DType dtype, int device) {
 void normalize(const Normalize& p, Stream stream) {
   const DType dtype = p.z_a.dtype;
   const SlabLayout layout = slab_layout(p.n, p.d, dtype == DType::float32 ? 4 : 2, stream.device);
-  const bool hats_differ = p.normalized && p.a_hat.dtype != dtype;
-  const NormalizeParams params{p, has_vectors(p.z_a), has_vectors(p.z_b),
-                               p.normalized && !hats_differ && has_vectors(p.a_hat) && has_vectors(p.b_hat),
-                               layout.rows};
+  const bool hat_vectors = p.normalized && p.a_hat.dtype == dtype && has_vectors(p.a_hat) && has_vectors(p.b_hat);
+  const NormalizeParams params{p, has_vectors(p.z_a), has_vectors(p.z_b), hat_vectors, layout.rows};
   switch (dtype) {
     case DType::float32:
-      return launch_normalize<float, float>(params, layout, stream);
+      return launch_normalize<float>(params, layout, stream);
     case DType::bfloat16:
-      return hats_differ ? launch_normalize<bfloat16, float>(params, layout, stream)
-                         : launch_normalize<bfloat16, bfloat16>(params, layout, stream);
+      return launch_normalize<bfloat16>(params, layout, stream);
     case DType::float16:
-      return hats_differ ? launch_normalize<float16, float>(params, layout, stream)
-                         : launch_normalize<float16, float16>(params, layout, stream);
+      return launch_normalize<float16>(params, layout, stream);
   }
 }
 
