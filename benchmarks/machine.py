@@ -35,7 +35,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
             "cuda": torch.version.cuda,
         }
     return {
-        "cpu": _cpu_model(),
+        "cpu": f"{_cpu_model()} ({torch.backends.cpu.get_cpu_capability()})",  # "AMD EPYC (AVX2)"
         "architecture": platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),

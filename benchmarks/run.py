@@ -14,6 +14,9 @@ from .peers import BASELINE, LossFunction, Peer, fused_choice
 from .timing import Summary
 
 
+LEAST_SECONDS = 2.0  # of timing, also where a budget is spent: enough for a few rounds of what is quick
+
+
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """What holds for every shape of a run."""
@@ -144,7 +147,7 @@ def run_shape(
     del truth
     if turns:
         progress("timing")
-        _time(shape, turns, settings, max(0.0, min(settings.seconds, stop - time.perf_counter())))
+        _time(shape, turns, settings, max(LEAST_SECONDS, min(settings.seconds, stop - time.perf_counter())))
     if device.type == "cuda":  # after the timing: the profiler may leave something behind
         for method in methods:
             if method.status == "timed":

@@ -1,5 +1,5 @@
 // The gram kernel in the emulation, against a plain loop: exit code 0 if it is right, 1 with a sentence if it is not.
-// test_cuda_faults.py builds it from csrc/ as it is, and from copies into which a fault was planted.
+// test_planted_faults.py builds it from csrc/ as it is, and from copies into which a fault was planted.
 #include <cmath>
 #include <cstdio>
 #include <memory>

@@ -1,5 +1,5 @@
 // Hopper's product in the emulation, with every combination of factors, against a plain loop: exit code 0 if it is
-// right, 1 with a sentence if it is not. test_hopper_faults.py builds it from csrc/ as it is, and from copies into which
+// right, 1 with a sentence if it is not. test_planted_faults.py builds it from csrc/ as it is, and from copies into which
 // a fault was planted.
 #include <cmath>
 #include <cstdio>

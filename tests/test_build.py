@@ -226,3 +226,10 @@ def test_hopper_kernels_multiply_by_wgmma_and_load_by_tma():
     found = {name: has for name, has in instructions("sm_90a", "HGMMA|UTMALDG").items() if "hopper" in name.lower()}
     assert found
     assert [name for name, has in found.items() if has != {"HGMMA", "UTMALDG"}] == []
+
+
+@needs_nvcc
+def test_two_builds_load_into_one_process():
+    """Each module knows its own types: the real one is imported where the tests load the emulated one."""
+    for path in (builds.compiled()[0], builds.emulated()):
+        assert builds.load(path).plan_normalize

@@ -5,8 +5,9 @@ Two ideas make it fast:
 * **Slabs.** Standardised features are never stored. Each operation walks over slabs of the inputs that fit the caches,
   standardises a slab, multiplies it and drops it, so the inputs are the only (N, D) arrays that travel from memory, and
   the extra memory is the product plus a few slabs.
-* **oneDNN's matrix product.** ``torch.mm`` in float32 goes to MKL, which uses AVX2 on AMD processors; oneDNN generates
-  AVX-512 code there and is twice as fast, at the same float32 accuracy (benchmarks/NOTES.md).
+* **The faster matrix product.** ``torch.mm`` in float32 goes to MKL, which uses AVX2 on AMD processors; oneDNN generates
+  AVX-512 code where a CPU has it and is twice as fast there, at the same float32 accuracy. With AVX2 alone oneDNN is the
+  faster one for few rows, MKL, by a third, for many (benchmarks/NOTES.md).
 
 Means are removed twice: the first mean is rounded to the inputs' precision, which leaves an error of |mean| * 6e-8 in
 float32; the mean of what is left removes that, so that features with |mean|/std = 1000 lose nothing.
@@ -30,11 +31,14 @@ from . import Weights
 
 SLAB_ELEMENTS = 2**18  # a float32 slab of 1 MiB: a core's L2 cache
 MIN_SLAB = 1024  # rows or columns: enough for the matrix product to run at full rate
+NARROW_SLAB = 64  # columns, where nothing is multiplied: a few cache lines of a row
 KEEP_ELEMENTS = 2**17  # inputs up to this size keep their standardised features: there, calls cost more than bytes
 FEW_SAMPLES = 128  # below this the sums over slabs of K, which is small then, are kept in float64
 BULK_RATIO = 32  # D / N from which K's bulk is taken out (``_bulk``)
 PANEL = 128  # rows of the lower-triangle panels of a symmetric product
 ONEDNN_MIN_FLOPS = 1e7  # below this, oneDNN's 20 us of set-up cost more than it saves
+
+ONEDNN_MAX_ROWS = 2**63 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 64  # above, MKL is faster
 
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 _ALL = slice(None)
@@ -82,13 +86,13 @@ def normalize(z_a: Tensor, z_b: Tensor, normalization: Normalization | None) -> 
     dtype = _compute_dtype(z_a)
     if normalization is None:
         c = z_a.new_empty(d, dtype=dtype)
-        for s in _slabs(d, n):
+        for s in _slabs(d, n, NARROW_SLAB):
             c[s] = (z_a[:, s].to(dtype) * z_b[:, s]).mean(0)
         return Normalized(z_a, z_b, None, c, ())
     mean, shift, var = (z_a.new_empty(2, 1, d, dtype=dtype) for _ in range(3))
     c = z_a.new_empty(d, dtype=dtype)
     x = square = None
-    for s in _slabs(d, n):
+    for s in _slabs(d, n, NARROW_SLAB):
         x = _stack(z_a, z_b, _ALL, s, out=x)
         x -= torch.mean(x, 1, keepdim=True, out=_cut(mean, s))
         x -= torch.mean(x, 1, keepdim=True, out=_cut(shift, s))  # what rounding left of the mean
@@ -290,9 +294,9 @@ def _like(x: Tensor, last: Tensor | None) -> Tensor:
     return torch.empty_like(x) if last is None or last.shape != x.shape else last
 
 
-def _slabs(length: int, other: int) -> Iterator[slice]:
-    """Cut ``length`` columns (or rows) of ``other`` elements each into slabs."""
-    step = max(MIN_SLAB, SLAB_ELEMENTS // other)
+def _slabs(length: int, other: int, least: int = MIN_SLAB) -> Iterator[slice]:
+    """Cut ``length`` columns (or rows) of ``other`` elements each into slabs, each of at least ``least`` of them."""
+    step = max(least, SLAB_ELEMENTS // other)
     if length <= step:
         yield _ALL
         return
@@ -309,7 +313,7 @@ def _matmul_t(x: Tensor, y: Tensor, input_dtype: torch.dtype) -> Tensor:  # [M, 
     """x @ y.T by the library that multiplies fastest; on GPUs in the inputs' dtype with float32 sums."""
     if x.device.type == "cpu":
         large = 2 * x.shape[0] * x.shape[1] * y.shape[0] > ONEDNN_MIN_FLOPS
-        if large and x.dtype == torch.float32 and _ONEDNN is not None:
+        if large and x.shape[0] <= ONEDNN_MAX_ROWS and x.dtype == torch.float32 and _ONEDNN is not None:
             return _ONEDNN(x, y, None, "none", [], "")
     elif input_dtype in (torch.float16, torch.bfloat16):
         return torch.mm(x.to(input_dtype), y.to(input_dtype).T, out_dtype=torch.float32)

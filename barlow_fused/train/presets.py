@@ -12,7 +12,7 @@ DIGITS: dict[str, Any] = {
     "backbone": "tiny",
     "projector": "512-8192",
     "batch_size": 128,
-    "epochs": 60,
+    "epochs": 45,
     "warmup_epochs": 6,
     "optimizer": "adamw",
     "lr_weights": 0.002,  # for each 256 images
@@ -21,6 +21,7 @@ DIGITS: dict[str, Any] = {
     "lambd": 0.0005,
     "gradient": "lightly",
     "precision": "fp32",
+    "channels_last": True,  # a tenth faster on CPUs
     "knn_every": 10,
 }
 

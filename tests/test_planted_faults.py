@@ -1,0 +1,145 @@
+"""The emulation of the CUDA kernels catches what it is there for: faults are planted into copies of csrc/.
+
+Each copy is compiled with a program that compares its product with a plain loop: cuda_faults.cpp runs the gram kernel,
+hopper_faults.cpp multiplies matrices through TMA, mbarriers and wgmma, in clusters or not.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+import subprocess
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+PROGRAMS = ("cuda_faults", "hopper_faults")
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+
+def build(folder: pathlib.Path, name: str, source: pathlib.Path, flags: tuple[str, ...]) -> pathlib.Path:
+    """The program with the kernels in ``source``."""
+    program = folder / name
+    command = ["g++", "-std=c++17", "-O1", "-g", "-Wno-unknown-pragmas", "-DBARLOW_EMULATION", *flags]
+    check = ROOT / "tests" / f"{name}.cpp"
+    subprocess.run([*command, "-I", source, check, "-o", program], check=True, capture_output=True)
+    return program
+
+
+def run(program: pathlib.Path, order: str = "forward", copies: str = "late") -> tuple[int, str]:
+    """Its exit code, and what it printed.
+
+    ``order`` is that in which a block's threads take turns; TMA copies a box at once ("early") or as late as allowed.
+    """
+    environment = {"BARLOW_EMULATION_ORDER": order, "BARLOW_EMULATION_COPIES": copies}
+    done = subprocess.run([program], env=environment, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("flags", [(), SANITIZE], ids=["plain", "sanitized"])
+def test_without_a_fault_nothing_is_reported(name, flags, tmp_path):
+    program = build(tmp_path, name, ROOT / "csrc", flags)
+    for order, copies in (("forward", "late"), ("reverse", "early")):
+        assert run(program, order, copies) == (0, "")
+
+
+# what is wrong: the file, the right text, the wrong text, compiler flags, what is reported
+CUDA_FAULTS = {
+    "a read past the end": (
+        *("multiply.h", "const int count = row < row_end ?", "const int count = row <= row_end ?"),
+        *(SANITIZE, "heap-buffer-overflow"),
+    ),
+    "a write past the end": (
+        *("gram.h", "if (m >= n && m < p.n) {", "if (m >= n) {"),
+        *(SANITIZE, "heap-buffer-overflow"),
+    ),
+    "a missing barrier": (
+        *("multiply.h", "barrier();  // everybody's copies of this stage", ";  //"),
+        *((), "K is wrong"),
+    ),
+    "a stage that is not waited for": (
+        *("multiply.h", "copy_async_wait<STAGES - 2>();", "copy_async_wait<STAGES - 1>();"),
+        *((), "K is wrong"),
+    ),
+    "a wrong fragment index": (
+        *("multiply.h", "mn + (l / 8 % 2) * 8 + l % 8", "mn + (l / 16) * 8 + l % 8"),
+        *((), "K is wrong"),
+    ),
+    "a barrier that not all threads reach": (
+        *("multiply.h", "barrier();  // shared memory is free", "if (thread() < 32) barrier();  //"),
+        *((), "no thread can go on"),
+    ),
+}
+
+# what is wrong: the file, the right text, the wrong text, when boxes are copied, what is reported
+HOPPER_FAULTS = {
+    "a wrong leading offset": (
+        *("hopper.h", "leading = K_MAJOR ? 16 : BOX_BYTES", "leading = K_MAJOR ? 16 : 1024"),
+        *("late", "P is wrong"),
+    ),
+    "a wrong stride offset": ("hopper.h", "stride = 1024", "stride = 512", "late", "P is wrong"),
+    "a wrong step along k": ("hopper.h", "(K_MAJOR ? 32 : 2048)", "(K_MAJOR ? 32 : 1024)", "late", "P is wrong"),
+    "a full stage that is not waited for": (
+        *("hopper_multiply.h", "mbarrier_wait(full(place.stage), place.phase);\n    pin", "pin"),
+        *("late", "more arrivals at an mbarrier"),
+    ),
+    "a stage that is filled while it is read": (
+        *("hopper_multiply.h", "mbarrier_wait(empty(place.stage), place.phase ^ 1);\n      mbarrier", "mbarrier"),
+        *("early", "no thread can go on"),
+    ),
+    "a stage that is given back before it has been read": (
+        *("hopper_multiply.h", "wgmma_wait<1>();", "wgmma_wait<2>();"),
+        *("early", "P is wrong"),
+    ),
+    "a product that is not waited for": (
+        *("hopper_multiply.h", "wgmma_wait<0>();", "wgmma_wait<1>();"),
+        *("late", "P is wrong"),
+    ),
+    "a product without a fence": ("hopper_multiply.h", "wgmma_fence();", "", "late", "wgmma without wgmma_fence"),
+    "a wrong phase": (
+        *("hopper_multiply.h", "place.phase ^ 1);\n      mbarrier", "place.phase);\n      mbarrier"),
+        *("late", "no thread can go on"),
+    ),
+    "a wrong number of bytes": (
+        *("hopper_multiply.h", "mbarrier_arrive_expect(arrived, stage_bytes)", "mbarrier_arrive_expect(arrived, 1024)"),
+        *("late", "no thread can go on"),
+    ),
+    "a block of the cluster that is not asked": (
+        *("hopper_multiply.h", "CLUSTER * Team::threads / 32", "Team::threads / 32"),
+        *("late", "no thread can go on"),
+    ),
+    "a part of the cluster's boxes in the wrong place": (
+        *("hopper_multiply.h", "const int part = K / CLUSTER * rank;", "const int part = 0;"),
+        *("late", "P is wrong"),
+    ),
+}
+
+
+def with_fault(folder: pathlib.Path, file: str, right: str, wrong: str) -> pathlib.Path:
+    """A copy of the kernels."""
+    source = folder / "csrc"
+    shutil.copytree(ROOT / "csrc", source)
+    text = (source / file).read_text()
+    assert text.count(right) == 1, f"{file} has changed: plant the fault anew"
+    (source / file).write_text(text.replace(right, wrong))
+    return source
+
+
+@pytest.mark.parametrize(("file", "right", "wrong", "flags", "report"), CUDA_FAULTS.values(), ids=CUDA_FAULTS.keys())
+def test_a_fault_of_the_portable_kernels_is_caught(file, right, wrong, flags, report, tmp_path):
+    code, printed = run(build(tmp_path, "cuda_faults", with_fault(tmp_path, file, right, wrong), flags))
+    assert code != 0
+    assert report in printed
+
+
+@pytest.mark.parametrize(
+    ("file", "right", "wrong", "copies", "report"), HOPPER_FAULTS.values(), ids=HOPPER_FAULTS.keys()
+)
+def test_a_fault_of_hoppers_product_is_caught(file, right, wrong, copies, report, tmp_path):
+    program = build(tmp_path, "hopper_faults", with_fault(tmp_path, file, right, wrong), ())
+    code, printed = run(program, copies=copies)
+    assert code != 0
+    assert report in printed
