@@ -19,7 +19,7 @@ train: $(READY)
 	$(RUN) -m barlow_fused train $(ARGS)
 
 test: $(EXTENSION)
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 bench: $(EXTENSION)
 	$(RUN) -m benchmarks $(ARGS)

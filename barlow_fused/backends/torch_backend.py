@@ -70,11 +70,11 @@ class Normalized(NamedTuple):
         """A slab of A_hat and B_hat, written over ``out``, the last slab, if that has its shape."""
         if len(self.stats) == 3:
             return self.stats[2]  # small inputs are one slab, and it was kept
-        x = _stack(self.z_a, self.z_b, rows, columns, out)
         if self.normalization is None:
-            return x
+            return _stack(self.z_a, self.z_b, rows, columns, out=out)
         rstd, _, mean, shift = (_cut(stat, columns) for stat in self.stats)
-        return torch.addcmul(shift, x.sub_(mean), rstd, out=x)
+        x = _stack(self.z_a, self.z_b, rows, columns, less=mean, out=out)
+        return torch.addcmul(shift, x, rstd, out=x)
 
 
 def normalize(z_a: Tensor, z_b: Tensor, normalization: Normalization | None) -> Normalized:
@@ -93,9 +93,11 @@ def normalize(z_a: Tensor, z_b: Tensor, normalization: Normalization | None) -> 
     c = z_a.new_empty(d, dtype=dtype)
     x = square = None
     for s in _slabs(d, n, NARROW_SLAB):
-        x = _stack(z_a, z_b, _ALL, s, out=x)
-        x -= torch.mean(x, 1, keepdim=True, out=_cut(mean, s))
-        x -= torch.mean(x, 1, keepdim=True, out=_cut(shift, s))  # what rounding left of the mean
+        here, rest = _cut(mean, s), _cut(shift, s)
+        for view, z in enumerate((z_a, z_b)):
+            torch.mean(z[:, s], 0, dtype=dtype, out=here[view, 0])
+        x = _stack(z_a, z_b, _ALL, s, less=here, out=x)
+        x -= torch.mean(x, 1, keepdim=True, out=rest)  # what rounding left of the mean
         square = torch.mul(x, x, out=_like(x, square))
         torch.mean(square, 1, keepdim=True, out=_cut(var, s))
         torch.mean(torch.mul(x[0], x[1], out=square[0]), 0, out=_cut(c, s))
@@ -280,13 +282,19 @@ def _compute_dtype(z: Tensor) -> torch.dtype:
     return torch.promote_types(z.dtype, torch.float32)
 
 
-def _stack(z_a: Tensor, z_b: Tensor, rows: slice, columns: slice, out: Tensor | None) -> Tensor:
-    """A slab of both views, [2, rows, columns], copied, in the dtype that everything is computed in."""
+def _stack(
+    z_a: Tensor, z_b: Tensor, rows: slice, columns: slice, less: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """A slab of both views, [2, rows, columns], ``less`` so much, in the dtype that everything is computed in."""
     if (rows, columns) != (_ALL, _ALL):
         z_a, z_b = z_a[rows, columns], z_b[rows, columns]
     if out is None or out.shape[1:] != z_a.shape:
         out = z_a.new_empty(2, *z_a.shape, dtype=_compute_dtype(z_a))
-    return torch.stack((z_a, z_b), out=out)
+    if less is None:
+        return torch.stack((z_a, z_b), out=out)
+    for view, z in enumerate((z_a, z_b)):
+        torch.sub(z, less[view], out=out[view])
+    return out
 
 
 def _like(x: Tensor, last: Tensor | None) -> Tensor:
