@@ -6,7 +6,7 @@ Shape = tuple[int, int]
 
 PRESETS: dict[str, tuple[Shape, ...]] = {
     # within two minutes on two CPU cores, most of them for torch.compile; the cheapest first: it leaves time to others
-    "small": ((1024, 512), (64, 2048), (256, 2048)),
+    "small": ((256, 512), (1024, 512), (256, 1024), (256, 2048)),
     "paper": ((32, 8192), (64, 8192), (256, 8192), (2048, 8192)),  # one GPU's share of the paper's batch, and all of it
     "wide": ((256, 16384), (512, 32768), (1024, 65536), (1024, 131072), (2048, 262144)),
     "tall": ((2048, 2048), (4096, 4096), (8192, 2048), (16384, 1024)),  # N >= D
