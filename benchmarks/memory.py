@@ -68,7 +68,7 @@ def cpu_peak(peer: Peer, n: int, d: int, dtype: torch.dtype) -> int:
         RuntimeError: its process was killed. What the method raises there is raised here.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "lightly.loss"])  # which takes seconds; if it is not there, it is left out
+    context.set_forkserver_preload([__name__, "lightly.loss"])  # it takes seconds, if it is there
     with mock.patch.dict(os.environ, MALLOC), ProcessPoolExecutor(1, context) as fresh:
         try:
             return fresh.submit(_cpu_peak_here, peer, n, d, dtype, torch.get_num_threads()).result()

@@ -92,7 +92,8 @@ def _rank(rank: int, arguments: argparse.Namespace) -> None:
     rows.append(("usual", usual_loss, torch.float32, plan(n, d, device="h200", world_size=ranks).usual))
     if rank == 0:
         own = "of its own" if os.environ[INSIDE] == "1" else "shared with other programs"
-        print(f"{machine.describe_machine(torch.device('cpu'))['cpu']}, {ranks} processes, Gloo on a loopback interface {own}")
+        cpu = machine.describe_machine(torch.device("cpu"))["cpu"]
+        print(f"{cpu}, {ranks} processes, Gloo on a loopback interface {own}")
         print(f"N={n} D={d}: bytes that each rank sends, forward and backward")
         print(f"{'method':10}{'dtype':10}{'predicted':>14}{'on the wire':>14}{'wire / predicted':>18}")
     for title, loss, dtype, cost in rows:

@@ -13,7 +13,6 @@ from . import accuracy, inputs, machine, memory, profile, timing
 from .peers import BASELINE, LossFunction, Peer, fused_choice
 from .timing import Summary
 
-
 LEAST_SECONDS = 2.0  # of timing, also where a budget is spent: enough for a few rounds of what is quick
 
 

@@ -5,9 +5,9 @@ Two ideas make it fast:
 * **Slabs.** Standardised features are never stored. Each operation walks over slabs of the inputs that fit the caches,
   standardises a slab, multiplies it and drops it, so the inputs are the only (N, D) arrays that travel from memory, and
   the extra memory is the product plus a few slabs.
-* **The faster matrix product.** ``torch.mm`` in float32 goes to MKL, which uses AVX2 on AMD processors; oneDNN generates
-  AVX-512 code where a CPU has it and is twice as fast there, at the same float32 accuracy. With AVX2 alone oneDNN is the
-  faster one for few rows, MKL, by a third, for many (benchmarks/NOTES.md).
+* **The faster matrix product.** ``torch.mm`` in float32 goes to MKL, which uses AVX2 on AMD processors; where a CPU has
+  AVX-512, oneDNN generates code for it and is twice as fast, at the same float32 accuracy. With AVX2 alone oneDNN is
+  the faster for few rows, and MKL, by a third, for many (benchmarks/NOTES.md).
 
 Means are removed twice: the first mean is rounded to the inputs' precision, which leaves an error of |mean| * 6e-8 in
 float32; the mean of what is left removes that, so that features with |mean|/std = 1000 lose nothing.
@@ -19,6 +19,7 @@ factor, D / N or N, which alpha takes back). The rest is elementwise.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -37,8 +38,7 @@ FEW_SAMPLES = 128  # below this the sums over slabs of K, which is small then, a
 BULK_RATIO = 32  # D / N from which K's bulk is taken out (``_bulk``)
 PANEL = 128  # rows of the lower-triangle panels of a symmetric product
 ONEDNN_MIN_FLOPS = 1e7  # below this, oneDNN's 20 us of set-up cost more than it saves
-
-ONEDNN_MAX_ROWS = 2**63 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 64  # above, MKL is faster
+ONEDNN_MAX_ROWS = math.inf if "AVX512" in torch.backends.cpu.get_cpu_capability() else 64  # above, MKL is faster
 
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 _ALL = slice(None)
@@ -285,7 +285,7 @@ def _compute_dtype(z: Tensor) -> torch.dtype:
 def _stack(
     z_a: Tensor, z_b: Tensor, rows: slice, columns: slice, less: Tensor | None = None, out: Tensor | None = None
 ) -> Tensor:
-    """A slab of both views, [2, rows, columns], ``less`` so much, in the dtype that everything is computed in."""
+    """A slab of both views, [2, rows, columns], minus ``less``, in the dtype that everything is computed in."""
     if (rows, columns) != (_ALL, _ALL):
         z_a, z_b = z_a[rows, columns], z_b[rows, columns]
     if out is None or out.shape[1:] != z_a.shape:
