@@ -122,12 +122,12 @@ def test_very_wide(n, d, normalization):
         assert error(got.grad_b, grad_b) < 2e-6
 
 
-@pytest.mark.parametrize("threshold", ["KEEP_ELEMENTS", "ONEDNN_MIN_FLOPS"])
+@pytest.mark.parametrize("threshold", ["KEEP_ELEMENTS", "ONEDNN_MIN_FLOPS", "ONEDNN_MAX_ROWS"])
 @pytest.mark.parametrize("value", [0, 1e18])
 def test_every_path_gives_the_same_loss(threshold, value, monkeypatch):
     """Keeping the standardised features or not, oneDNN or not: the choice is about speed alone."""
     monkeypatch.setattr(torch_backend, threshold, value)
-    z_a, z_b = views(64, 1000)
+    z_a, z_b = views(255, 1000)
     for route in ROUTES:
         assert_close(answer(torch_loss(route=route), z_a, z_b), z_a, z_b, NORMALIZATIONS["batch_norm"])
 
