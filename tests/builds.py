@@ -22,8 +22,8 @@ PYTHON = f"-DPython_EXECUTABLE={sys.executable}"
 
 
 def tool(name: str) -> str | None:
-    """A program of this environment, or of the system."""
-    return shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+    """A program of the system, or of this environment: setup.py's choice, or its objects would be compiled again."""
+    return shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
 
 
 def cmake(source: pathlib.Path, folder: pathlib.Path, *options: str) -> str:
@@ -64,8 +64,8 @@ def compiled() -> tuple[pathlib.Path, str]:
 
 
 def load(path: pathlib.Path) -> ModuleType:
-    """An extension module from its file."""
-    spec = importlib.util.spec_from_file_location(path.name.partition(".")[0], path)
+    """An extension module from its file; pybind11 takes two of one name for the same."""
+    spec = importlib.util.spec_from_file_location(f"{path.parent}.{path.name.partition('.')[0]}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

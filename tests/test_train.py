@@ -78,7 +78,7 @@ def test_the_written_configuration_is_resolved_and_is_read_again(run):
     text = tomllib.loads((run / "config.toml").read_text())
     assert set(text) == {f.name for f in dataclasses.fields(Config)} - {"resume", "init"} | {"environment"}
     assert text["steps"] == 4
-    assert text["epochs"] == 60
+    assert text["epochs"] == 45
     assert text["log_every"] == 1
     assert text["image_size"] == 16
     assert text["device"] == "cpu"
@@ -122,8 +122,8 @@ def resolve(**settings):
 
 def test_steps_stop_a_run_and_do_not_change_its_schedule():
     spe = 1437 // 128
-    assert (resolve().steps, resolve().epochs) == (60 * spe, 60)
-    assert (resolve(steps=5).steps, resolve(steps=5).epochs) == (5, 60)
+    assert (resolve().steps, resolve().epochs) == (45 * spe, 45)
+    assert (resolve(steps=5).steps, resolve(steps=5).epochs) == (5, 45)
     assert resolve(steps=61 * spe).epochs == 61
 
 

@@ -212,7 +212,8 @@ class Plain(nn.Module):
 
 
 def gradients(network, views, accumulate, **settings):
-    config = combine({"precision": "fp64", "batch_size": len(views[0]), "accumulate": accumulate, **settings})
+    own = {"precision": "fp64", "channels_last": False, "batch_size": len(views[0]), "accumulate": accumulate}
+    config = combine({**own, **settings})
     criterion = step.criterion(config, trainer.Processes(0, 0, 1))
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     stepper = step.Stepper(network, criterion, optim.build(network, config), scaler, config, CPU, 0)
@@ -286,9 +287,10 @@ def test_fused_and_reference_train_alike_in_float32(training_only, tmp_path, mon
 
     On one machine its runs are bit for bit the same, so that would be no measure. Other runs of it, on another machine
     or with another number of threads, sum in another order. That is done here: the samples are handed to the loss in
-    another order, which changes nothing but the rounding. The fused run stays, at every step, within ten times the
-    largest drift that three such runs of the reference have shown until then: chance decides between runs that part
-    exponentially.
+    another order, which changes nothing but the rounding. Runs agree to the loss's own accuracy until in one of them a
+    rounding turns an activation's sign, some 10 to 20 steps later; from there on they part quickly. When that happens
+    is chance, so the fused run is compared over the first steps and at the end: there it has drifted no more than five
+    times as far as the farthest of three such runs of the reference.
     """
     flags = ["--projector", "64-256", "--loss", "reference"]
     reference = run(tmp_path / "reference", *flags)
@@ -307,10 +309,9 @@ def test_fused_and_reference_train_alike_in_float32(training_only, tmp_path, mon
     fused = run(tmp_path / "fused", "--projector", "64-256", "--loss", "fused")
     drift = torch.stack([(other - reference).abs() / reference for other in runs])[..., 0].amax(0).cummax(0).values
     ours = ((fused - reference).abs() / reference)[:, 0].cummax(0).values
-    print("drift", drift[[0, 9, 24, 49]].tolist(), "fused", ours[[0, 9, 24, 49]].tolist())
     assert drift[-1] > 0
-    floor = 1e-6  # the loss's own accuracy in float32
-    assert (ours <= 10 * drift + floor).all()
+    assert ours[4] <= 1e-6  # the loss's own accuracy in float32
+    assert ours[-1] <= 5 * drift[-1]
 
 
 @pytest.mark.parametrize(
