@@ -94,7 +94,9 @@ def matrix_product_rates(device: torch.device, dtype: torch.dtype, repeats: int 
     size = MATRIX_SIZE[device.type]
     if device.type == "cpu":
         dtype = torch.promote_types(dtype, torch.float32)
-    x, y = torch.randn(2, size, size, device=device, dtype=torch.promote_types(dtype, torch.float32)).to(dtype)
+    generator = torch.Generator(device).manual_seed(0)
+    wide = torch.promote_types(dtype, torch.float32)
+    x, y = torch.randn(2, size, size, device=device, dtype=wide, generator=generator).to(dtype)
     routines = {"torch.mm": lambda: torch.mm(x, y), "barlow_fused": lambda: _matmul_t(x, y, dtype)}
     rates: dict[str, list[float]] = {name: [] for name in routines}
     for repeat in range(repeats + 1):  # the first is a warm-up

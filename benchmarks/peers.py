@@ -49,6 +49,7 @@ class Peer:
     bytes_needed: BytesNeeded  # predicted
     unavailable: str | None = None  # why it cannot run here
     compiled: bool = False  # made for one shape at its first call
+    capturable: bool = True  # by a CUDA graph; a capture that fails would leave PyTorch's generator and stream in it
     own_loss: LossFunction | None = None  # not the same loss: its truth is this function, in float64
 
 
@@ -183,7 +184,7 @@ def available_peers(device: torch.device) -> dict[str, Peer]:
         Peer("eager", _build_eager, _usual_bytes),
         Peer("compile", functools.partial(_build_compile, mode), _usual_bytes, _no_compiler(), compiled=True),
         Peer("lightly", _build_lightly, _usual_bytes, _not_installed("lightly")),
-        Peer("solo-learn", _build_masked, _masked_bytes),
+        Peer("solo-learn", _build_masked, _masked_bytes, capturable=False),  # a mask as index waits for the GPU
         Peer("fft-relaxed", _build_relaxed, _relaxed_bytes, own_loss=relaxed_loss),
         _fused_peer(FUSED, "auto", "auto"),
     ]

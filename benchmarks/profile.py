@@ -177,7 +177,7 @@ def main(argv: list[str]) -> int:
     if device.type == "cuda":
         busy = sum(part.seconds for part in found.kernels)
         waiting = Part("(GPU waits)", 0, max(0.0, found.profiled_seconds - busy))
-        console.print(_table("GPU", [*found.kernels, waiting], found.profiled_seconds))
+        console.print(_table("GPU", [waiting, *found.kernels], found.profiled_seconds))
     return 0
 
 

@@ -206,6 +206,9 @@ def _add_turn(
     if mode == "graph" and peer.compiled:
         times.message = "replays graphs of its own: see launches"
         return
+    if mode == "graph" and not peer.capturable:
+        times.message = "waits for the GPU in between, which a graph cannot hold"
+        return
     try:
         turns[peer.name, mode], times.calls_per_turn = timing.make_turn(mode, loss_function, sets)
     except Exception as error:

@@ -144,13 +144,14 @@ void check(cudaError_t error, const What& what) {
   }
 }
 
-// Makes a device the current one, and the earlier one again at the end.
+// Makes a device the current one, and the earlier one again at the end. Always: a thread whose device is right may still
+// have no context, as PyTorch's backward threads before their first launch.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
     const auto what = [device] { return "making device " + std::to_string(device) + " the current one"; };
     check(cudaGetDevice(&before_), what);
-    if (device != before_) check(cudaSetDevice(device), what);
+    check(cudaSetDevice(device), what);
     now_ = device;
   }
   ~DeviceGuard() {

@@ -198,6 +198,7 @@ bool hopper_can_correlate(const Correlate& p, int device) {
 }
 
 void hopper_correlate(const Correlate& p, Stream stream) {
+  const DeviceGuard guard(stream.device);  // before the tensor maps, which need its context
   p.a_hat.dtype == DType::bfloat16 ? launch_correlate<bfloat16>(p, stream) : launch_correlate<float16>(p, stream);
 }
 

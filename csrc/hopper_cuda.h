@@ -228,12 +228,11 @@ __global__ void __cluster_dims__(Kernel::cluster, 1, 1) __launch_bounds__(Kernel
 }
 
 // Runs Kernel, whose blocks come in clusters and take work as long as there is any, on as many clusters as the device
-// holds at once, but not more than `clusters`.
+// holds at once, but not more than `clusters`. The caller has made the device the current one.
 template <class Kernel>
 void launch_clusters(int64_t clusters, int shared_bytes, Stream stream, const typename Kernel::Params& params, int n,
                      int d) {
   const auto what = [=] { return launch_name(Kernel::name, n, d); };
-  const DeviceGuard guard(stream.device);
   static std::mutex mutex;
   static std::map<int, int> at_once;  // of each device
   int most;

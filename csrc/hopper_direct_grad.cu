@@ -123,6 +123,7 @@ bool hopper_can_direct_grad(const InputGrad& p, int device) {
 }
 
 void hopper_direct_grad(const InputGrad& p, Stream stream) {
+  const DeviceGuard guard(stream.device);  // before the tensor maps, which need its context
   p.hat[0].dtype == DType::bfloat16 ? both_views<bfloat16>(p, stream) : both_views<float16>(p, stream);
 }
 

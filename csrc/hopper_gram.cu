@@ -206,6 +206,7 @@ bool hopper_can_gram(const Gram& p, int device) {
 }
 
 void hopper_gram(const Gram& p, Stream stream) {
+  const DeviceGuard guard(stream.device);  // before the tensor maps, which need its context
   p.a_hat.dtype == DType::bfloat16 ? choose_gram<bfloat16>(p, stream) : choose_gram<float16>(p, stream);
 }
 

@@ -263,6 +263,7 @@ bool hopper_can_gram_grad(const InputGrad& p, int device) {
 }
 
 void hopper_gram_grad(const InputGrad& p, Stream stream) {
+  const DeviceGuard guard(stream.device);  // before the tensor maps, which need its context
   p.hat[0].dtype == DType::bfloat16 ? choose_gram_grad<bfloat16>(p, stream) : choose_gram_grad<float16>(p, stream);
 }
 

@@ -47,9 +47,9 @@ def fused(backend):
     return lambda **kwargs: functools.partial(barlow_twins_loss, backend=backend, return_terms=True, **kwargs)
 
 
-def need_memory(n, d, dtype, arrays):
-    """Skip where ``arrays`` of (n, d) in the inputs' dtype and five in float64 do not fit onto the GPU."""
-    needed = n * d * (arrays * dtype.itemsize + 5 * 8)
+def need_memory(n, d, dtype, arrays, doubles=5):
+    """Skip where ``arrays`` of (n, d) in the inputs' dtype and ``doubles`` in float64 do not fit onto the GPU."""
+    needed = n * d * (arrays * dtype.itemsize + doubles * 8)
     free = torch.cuda.mem_get_info(GPU)[0] + torch.cuda.memory_reserved(GPU) - torch.cuda.memory_allocated(GPU)
     if needed > free:
         pytest.skip(f"needs {needed / 1e9:.0f} GB of GPU memory, {free / 1e9:.0f} GB are free")
@@ -95,19 +95,8 @@ def test_gram_truth_is_the_oracle():
 
 
 @gpu
-@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("normalization", NORMALIZATIONS.values(), ids=NORMALIZATIONS.keys())
-@pytest.mark.parametrize(("n", "d"), [(17, 256), (64, 1000), (255, 4097), (300, 2000), (1100, 2304)])
-def test_accuracy(fused, n, d, normalization, dtype, route):
-    z_a, z_b = (z.to(GPU) for z in views(n, d, dtype))
-    loss = fused(route=route, normalization=normalization if normalization is not None else "none")
-    assert_close(answer(loss, z_a, z_b), z_a, z_b, normalization)
-
-
-@gpu
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "d", "route"), SIZES)
+@pytest.mark.parametrize(("n", "d", "route"), [*SIZES, (4096, 524288, "gram")])  # of the last, N D = 2^31
 def test_accuracy_at_size(fused, n, d, route, dtype):
     need_memory(n, d, dtype, arrays=9)
     z_a, z_b = gpu_views(n, d, dtype)
@@ -119,9 +108,9 @@ def test_accuracy_at_size(fused, n, d, route, dtype):
 
 @gpu
 def test_offsets_beyond_32_bits(fused):
-    """C has D^2 > 2^31 elements, and the partial sums of its rows many; 2 N D > 2^31 is among the sizes above."""
+    """C has D^2 > 2^31 elements, and the partial sums of its rows many; N D = 2^31 is above."""
     n, d = 64, 65536
-    need_memory(d, d, torch.bfloat16, arrays=1)
+    need_memory(d, d, torch.bfloat16, arrays=2, doubles=0)
     z_a, z_b = gpu_views(n, d, torch.bfloat16)
     got, ref = answer(fused(route="direct"), z_a, z_b), gram_truth(z_a, z_b)
     assert error(got.loss, ref[0]) < 1e-3
@@ -186,7 +175,7 @@ def test_cuda_graph(fused, n, d, route):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "d", "route"), SIZES)
 def test_peak_memory(fused, backend, n, d, route, dtype):
-    """At most 2 N D numbers and 3 min(N, D)^2 float32 beyond inputs and gradients, as ``plan`` says."""
+    """At most 2 N D numbers, 3 min(N, D)^2 and 11 D float32 beyond inputs and gradients, as ``plan`` says."""
     need_memory(n, d, dtype, arrays=9)
     z_a, z_b = (z.requires_grad_() for z in gpu_views(n, d, dtype))
     fused(route=route)(z_a, z_b).loss.backward()
@@ -197,7 +186,7 @@ def test_peak_memory(fused, backend, n, d, route, dtype):
     fused(route=route)(z_a, z_b).loss.backward()
     gradients = 2 * n * d * dtype.itemsize
     used = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before - gradients
-    assert used <= 2 * n * d * dtype.itemsize + 3 * min(n, d) ** 2 * 4
+    assert used <= 2 * n * d * dtype.itemsize + (3 * min(n, d) ** 2 + 11 * d) * 4
     made = plan(n, d, dtype, device=GPU, route=route, backend=backend)
     assert used == pytest.approx(made.fused.peak_memory, rel=0.01, abs=2**16)
 
@@ -212,3 +201,17 @@ def test_backward_does_not_wait_for_the_gpu(fused):
         fused()(z_a, z_b).loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+# Last, because Triton compiles anew for most of these: minutes.
+
+
+@gpu
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("normalization", NORMALIZATIONS.values(), ids=NORMALIZATIONS.keys())
+@pytest.mark.parametrize(("n", "d"), [(17, 256), (64, 1000), (255, 4097), (300, 2000), (1100, 2304)])
+def test_accuracy(fused, n, d, normalization, dtype, route):
+    z_a, z_b = (z.to(GPU) for z in views(n, d, dtype))
+    loss = fused(route=route, normalization=normalization if normalization is not None else "none")
+    assert_close(answer(loss, z_a, z_b), z_a, z_b, normalization)

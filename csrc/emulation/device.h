@@ -242,6 +242,10 @@ inline DeviceInfo& emulated_device() {
 }
 inline const DeviceInfo& device_info(int) { return emulated_device(); }
 
+struct DeviceGuard {
+  explicit DeviceGuard(int) {}
+};
+
 template <class Kernel>
 void launch(int64_t blocks, int shared_bytes, Stream, const typename Kernel::Params& params, int n, int d) {
   const auto what = [=] { return launch_name(Kernel::name, n, d); };
