@@ -210,7 +210,7 @@ def test_backward_does_not_wait_for_the_gpu(fused):
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("normalization", NORMALIZATIONS.values(), ids=NORMALIZATIONS.keys())
-@pytest.mark.parametrize(("n", "d"), [(17, 256), (64, 1000), (255, 4097), (300, 2000), (1100, 2304)])
+@pytest.mark.parametrize(("n", "d"), [(17, 256), (255, 4097), (1100, 2304)])
 def test_accuracy(fused, n, d, normalization, dtype, route):
     z_a, z_b = (z.to(GPU) for z in views(n, d, dtype))
     loss = fused(route=route, normalization=normalization if normalization is not None else "none")
