@@ -5,7 +5,7 @@ from __future__ import annotations
 Shape = tuple[int, int]
 
 PRESETS: dict[str, tuple[Shape, ...]] = {
-    # within two minutes on two CPU cores, most of them for torch.compile; the cheapest first: it leaves time to others
+    # within two minutes on two CPU cores, nearly half of that for torch.compile; what the first leave goes to the last
     "small": ((256, 512), (1024, 512), (256, 1024), (256, 2048)),
     "paper": ((32, 8192), (64, 8192), (256, 8192), (2048, 8192)),  # one GPU's share of the paper's batch, and all of it
     "wide": ((256, 16384), (512, 32768), (1024, 65536), (1024, 131072), (2048, 262144)),

@@ -21,7 +21,7 @@ DIGITS: dict[str, Any] = {
     "lambd": 0.0005,
     "gradient": "lightly",
     "precision": "fp32",
-    "channels_last": True,  # a tenth faster on CPUs
+    "channels_last": True,  # the faster one on a CPU in 5 of 6 pairs of runs
     "knn_every": 10,
 }
 
