@@ -1,5 +1,9 @@
 # make train    pretrain on real images, here, now           make lint     ruff, clang-format and gersemi
-# make test     the test suite                               make bench    the microbenchmark
+# make test     the test suite, in minutes                   make bench    the microbenchmark
+#
+# make test-kernels   the kernels in depth: in the emulation and Triton's interpreter, under sanitizers, with faults
+#                     planted, compiled for GPUs that are not here
+# make test-all       both
 #
 # Each sets up .venv the first time (about 5 GB: PyTorch's ordinary build) and re-uses it afterwards.
 # PYTHON=python3.12 make test     takes another interpreter.
@@ -7,19 +11,29 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+PYTEST := $(RUN) -m pytest --numprocesses 2
 READY := $(VENV)/.ready
 EXTENSION := $(VENV)/.extension
 
 # Idle OpenMP threads sleep instead of spinning: beside another busy program, spinning costs several times the speed.
-train test: export OMP_WAIT_POLICY ?= PASSIVE
+train test test-kernels: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: train test lint format bench compute-sanitizer verify-gpu clean
+.PHONY: train test test-kernels test-all lint format bench compute-sanitizer verify-gpu clean
 
 train: $(READY)
 	$(RUN) -m barlow_fused train $(ARGS)
 
-test: $(EXTENSION)
-	$(RUN) -m pytest --numprocesses 2 --dist worksteal $(ARGS)
+# Everything but the kernels' own tests, of which the most telling take part: CUDA's, and in a run of its own Triton's.
+test: $(READY)
+	$(PYTEST) -m "not kernels or telling" $(or $(ARGS),tests)
+	$(if $(ARGS),,$(PYTEST) -m telling --kernels interpreter tests/kernels)
+
+test-kernels: $(EXTENSION)
+	$(PYTEST) tests/kernels tests/test_build.py -m kernels $(ARGS)
+	$(PYTEST) tests/kernels --kernels interpreter $(ARGS)
+	$(PYTEST) tests/kernels --kernels sanitized $(ARGS)
+
+test-all: test test-kernels
 
 bench: $(EXTENSION)
 	$(RUN) -m benchmarks $(ARGS)
@@ -27,9 +41,9 @@ bench: $(EXTENSION)
 # Out-of-bounds accesses and races of the CUDA kernels; needs a GPU, and compute-sanitizer of the CUDA toolkit. It sees
 # the end of a tensor only where PyTorch does not cut tensors out of larger blocks.
 compute-sanitizer: $(EXTENSION)
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=. compute-sanitizer --tool memcheck --report-api-errors no \
-		--error-exitcode 1 $(RUN) tests/small_shapes_on_gpu.py
-	PYTHONPATH=. compute-sanitizer --tool racecheck --error-exitcode 1 $(RUN) tests/small_shapes_on_gpu.py
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=.:tests/support compute-sanitizer --tool memcheck --report-api-errors no \
+		--error-exitcode 1 $(RUN) tests/gpu/small_shapes_on_gpu.py
+	PYTHONPATH=.:tests/support compute-sanitizer --tool racecheck --error-exitcode 1 $(RUN) tests/gpu/small_shapes_on_gpu.py
 
 # All that needs a GPU, within nine minutes: leaves a run and a log in benchmarks/results. On a machine that has PyTorch
 # and the rest already: make verify-gpu RUN=python3 READY=
@@ -60,7 +74,7 @@ $(READY): pyproject.toml Makefile
 	@touch $@
 
 # The CUDA extension, where there is an nvcc: what has not changed is not compiled again.
-$(EXTENSION): $(READY) setup.py CMakeLists.txt $(wildcard csrc/* csrc/emulation/*)
+$(EXTENSION): $(READY) setup.py CMakeLists.txt $(shell find csrc -type f)
 	$(RUN) setup.py --quiet build_ext --inplace
 	@touch $@
 

@@ -1,10 +1,15 @@
 """barlow_fused: the exact Barlow Twins loss for very wide projectors, without the (D, D) matrix."""
 
+from typing import TYPE_CHECKING, Any
+
+from .choice import configure
 from .loss import BarlowTwinsLoss, barlow_twins_loss, cross_correlation
 from .normalization import Normalization
-from .plan import Plan, configure, plan
 from .reference import BarlowTwinsTerms
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .planning.plan import Plan, plan
 
 __all__ = [
     "BarlowTwinsLoss",
@@ -17,3 +22,17 @@ __all__ = [
     "cross_correlation",
     "plan",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Predictions are loaded when they are first asked for: no call needs them."""
+    if name not in ("Plan", "plan"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .planning import plan as module
+
+    globals().update(Plan=module.Plan, plan=module.plan)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -40,7 +40,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--world-size", type=int, default=1, help="ranks that share the batch (default: 1)")
     plan.add_argument("--route", default="auto", help="auto (default), gram or direct")
     plan.add_argument("--backend", default="auto", help="auto (default), torch, triton, cuda or reference")
-    net = plan.add_argument_group("network", "with several ranks: an alpha-beta model (barlow_fused/network.py)")
+    net = plan.add_argument_group(
+        "network", "with several ranks: an alpha-beta model (barlow_fused/planning/network.py)"
+    )
     net.add_argument("--latency", type=float, metavar="US", help="of a message, microseconds (default: 5)")
     net.add_argument("--intra", type=float, metavar="GB/S", help="a rank's bandwidth within its node (default: 450)")
     net.add_argument("--inter", type=float, metavar="GB/S", help="a rank's bandwidth to other nodes (default: 50)")
@@ -61,8 +63,8 @@ def _parser() -> argparse.ArgumentParser:
 def _plan(arguments: argparse.Namespace) -> int:
     import torch
 
-    from .network import Network
-    from .plan import plan
+    from .planning.network import Network
+    from .planning.plan import plan
 
     units = {"latency": 1e-6, "intra": 1e9, "inter": 1e9, "ranks_per_node": 1}
     given = {name: vars(arguments)[name] * unit for name, unit in units.items() if vars(arguments)[name] is not None}

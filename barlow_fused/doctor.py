@@ -14,8 +14,8 @@ import warnings
 import torch
 
 from . import backends, nvcc
-from .devices import cpu_model
-from .plan import choose_backend, choose_route, configured
+from .choice import choose_backend, choose_route, configured, fastest
+from .planning.devices import cpu_model
 from .version import __version__
 
 LIBRARIES = ("torch", "triton", "numpy")
@@ -130,7 +130,7 @@ def _gpu(index: int) -> dict:
 
 def _backends(device: torch.device) -> dict:
     reasons = {name: backends.why_unusable(name, device) for name in backends.BACKENDS}
-    return {"auto": backends.fastest(device), "why_unusable": reasons}
+    return {"auto": fastest(device), "why_unusable": reasons}
 
 
 def _settings_problem() -> str | None:

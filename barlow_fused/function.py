@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .backends.operations import Weights
+from .choice import resolve_backend
 from .normalization import Normalization
 from .reference import BarlowTwinsTerms
 
@@ -134,7 +136,7 @@ def _unflatten(
 
 
 def _resolve(spec: Spec, z: Tensor) -> Spec:
-    return spec._replace(backend=backends.resolve(spec.backend, z.device, z.dtype, shape=z.shape))
+    return spec._replace(backend=resolve_backend(spec.backend, z.device, z.dtype, shape=z.shape))
 
 
 _SPEC_SCHEMA = "str backend, str route, float lambd, float scale, int correction, float eps, str eps_added_to"
@@ -163,7 +165,7 @@ def _backward_op(z_a, z_b, saved, g_loss, g_on, g_off, need_a, need_b, *spec):
 def forward(z_a: Tensor, z_b: Tensor, need_grad: bool, spec: Spec) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """loss, on_diag, off_diag, and what the backward pass needs (nothing where no gradient is wanted)."""
     ops = backends.load(spec.backend)
-    with _without_autocast(z_a.device.type):
+    with without_autocast(z_a.device.type):
         x = ops.normalize(z_a, z_b, spec.normalization)
         reduce = ops.gram if spec.route == "gram" else ops.correlate
         terms, product = reduce(x, spec.lambd, spec.scale, need_grad)
@@ -191,9 +193,9 @@ def backward(
     """The gradients with respect to z_a and z_b; None in place of one that is not needed."""
     ops = backends.load(spec.backend)
     product, *rest = saved
-    with _without_autocast(z_a.device.type):
+    with without_autocast(z_a.device.type):
         x = ops.Normalized.from_saved(z_a, z_b, spec.normalization, rest)
-        weights = backends.Weights(g_loss, g_on, g_off, spec.lambd, spec.scale)
+        weights = Weights(g_loss, g_on, g_off, spec.lambd, spec.scale)
         return ops.input_grad(x, product, spec.route, weights, (need_a, need_b))
 
 
@@ -202,7 +204,7 @@ def _(z_a: Tensor, z_b: Tensor, saved: list[Tensor], g_loss, g_on, g_off, need_a
     return tuple(torch.empty_like(z) if need else z.new_empty(0) for z, need in ((z_a, need_a), (z_b, need_b)))
 
 
-def _without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
     """The operations choose their own precision: autocast must not change it inside them."""
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)

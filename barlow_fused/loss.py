@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import copy
-import math
-from numbers import Real
+import dataclasses
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from .arguments import Options, check_group_options, check_inputs, finite
+from .choice import choose_backend, choose_route
 from .function import Spec, apply
 from .normalization import Normalization, resolve_normalization
-from .plan import choose_backend, choose_route
 from .reference import BarlowTwinsTerms, reference_cross_correlation, reference_loss
 
 if TYPE_CHECKING:
-    from .distributed import Group
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    from .arguments import Group
 
 
 def barlow_twins_loss(
@@ -80,83 +78,53 @@ def barlow_twins_loss(
         RuntimeError: the backend asked for cannot run here, or a second derivative was asked for; with a group, another
             rank's arguments were invalid, or a rank was lost (torch.distributed's own error).
     """
-    _check_options(group, gradient, statistics, reduce_dtype)
-    process_group = _process_group(group)
-    if process_group is not None and process_group.size() > 1:
-        from . import distributed
+    options = Options(
+        lambd, scale, normalization, eps, route, backend, return_terms, group, gradient, statistics, reduce_dtype
+    )
+    return _loss(z_a, z_b, options)
 
-        options = (lambd, scale, normalization, eps, route, backend, gradient, statistics, reduce_dtype)
-        terms = distributed.apply(z_a, z_b, distributed.Options(*options), process_group)
-        return terms if return_terms else terms.loss
-    _check_inputs(z_a, z_b)
-    lambd, scale = _number("lambd", lambd), _number("scale", scale)
-    convention = resolve_normalization(normalization, eps)
-    backend = choose_backend(backend)  # which one "auto" is, the function over the backends decides
-    route = choose_route(route, *z_a.shape, backend)
+
+def _loss(z_a: Tensor, z_b: Tensor, options: Options) -> Tensor | BarlowTwinsTerms:
+    check_group_options(options)
+    process_group = _process_group(options.group)
+    if process_group is not None and process_group.size() > 1:
+        from . import distributed  # not everyone needs it, and it imports much
+
+        terms = distributed.apply(z_a, z_b, options, process_group)
+        return terms if options.return_terms else terms.loss
+    check_inputs(z_a, z_b)
+    lambd, scale = finite("lambd", options.lambd), finite("scale", options.scale)
+    convention = resolve_normalization(options.normalization, options.eps)
+    backend = choose_backend(options.backend)  # which one "auto" is, the function over the backends decides
+    route = choose_route(options.route, *z_a.shape, backend)
     if backend == "reference":
         terms = reference_loss(z_a, z_b, lambd, scale, convention)
     else:
         terms = apply(z_a, z_b, Spec(backend, route, convention, lambd, scale))
-    return terms if return_terms else terms.loss
+    return terms if options.return_terms else terms.loss
 
 
-class BarlowTwinsLoss(nn.Module):
+@dataclasses.dataclass(eq=False, repr=False)
+class BarlowTwinsLoss(nn.Module, Options):
     """:func:`barlow_twins_loss` as a module, without parameters or buffers.
 
     >>> barlow = BarlowTwinsLoss(lambd=0.0051)
     >>> loss = barlow(z_a, z_b)
 
-    Args: those of :func:`barlow_twins_loss` after ``z_a`` and ``z_b``.
+    Args: those of :func:`barlow_twins_loss` after ``z_a`` and ``z_b``. Each is an attribute, and may be changed.
     """
 
-    def __init__(
-        self,
-        lambd: float = 0.0051,
-        scale: float = 1.0,
-        normalization: str | Normalization = "batch_norm",
-        eps: float | None = None,
-        route: str = "auto",
-        backend: str = "auto",
-        return_terms: bool = False,
-        group: Group | None = None,
-        gradient: str | None = None,
-        statistics: str = "global",
-        reduce_dtype: torch.dtype | None = None,
-    ) -> None:
+    def __post_init__(self) -> None:
         super().__init__()
-        resolve_normalization(normalization, eps)
-        choose_backend(backend)
-        choose_route(route)
-        _check_options(group, gradient, statistics, reduce_dtype)
-        self.lambd = _number("lambd", lambd)
-        self.scale = _number("scale", scale)
-        self.normalization = normalization
-        self.eps = eps
-        self.route = route
-        self.backend = backend
-        self.return_terms = return_terms
-        self.group = group
-        self.gradient = gradient
-        self.statistics = statistics
-        self.reduce_dtype = reduce_dtype
+        resolve_normalization(self.normalization, self.eps)
+        choose_backend(self.backend)
+        choose_route(self.route)
+        check_group_options(self)
+        self.lambd, self.scale = finite("lambd", self.lambd), finite("scale", self.scale)
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor | BarlowTwinsTerms:  # [N, D], [N, D] -> []
         """The loss of two views' projector outputs."""
-        return barlow_twins_loss(
-            z_a,
-            z_b,
-            lambd=self.lambd,
-            scale=self.scale,
-            normalization=self.normalization,
-            eps=self.eps,
-            route=self.route,
-            backend=self.backend,
-            return_terms=self.return_terms,
-            group=self.group,
-            gradient=self.gradient,
-            statistics=self.statistics,
-            reduce_dtype=self.reduce_dtype,
-        )
+        return _loss(z_a, z_b, self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BarlowTwinsLoss:
         memo[id(self.group)] = self.group  # shared: processes cannot be copied
@@ -185,61 +153,17 @@ def cross_correlation(
     The loss never forms it: this takes D^2 numbers of memory. Arguments and errors are those of
     :func:`barlow_twins_loss`; the result is in float32 (float64 for float64 inputs) and differentiable.
     """
-    _check_inputs(z_a, z_b)
+    check_inputs(z_a, z_b)
     convention = resolve_normalization(normalization, eps)
     dtype = torch.promote_types(z_a.dtype, torch.float32)
     with torch.autocast(z_a.device.type, enabled=False):
         return reference_cross_correlation(z_a.to(dtype), z_b.to(dtype), convention)
 
 
-def _check_options(
-    group: Group | None, gradient: str | None, statistics: str, reduce_dtype: torch.dtype | None
-) -> None:
-    if (group, gradient, statistics, reduce_dtype) != (None, None, "global", None):
-        from . import distributed  # not everyone needs it, and it imports much
-
-        distributed.check_options(group, gradient, statistics, reduce_dtype)
-
-
 def _process_group(group: Group | None) -> Any:
     """The process group that is meant by the argument; None without one."""
     if group is None:
         return None
-    from . import distributed
+    from .distributed.agreement import resolve_group
 
-    return distributed.resolve_group(group)
-
-
-def _check_inputs(z_a: Tensor, z_b: Tensor, min_samples: int = 2) -> None:
-    for name, z in (("z_a", z_a), ("z_b", z_b)):
-        if not isinstance(z, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(z).__name__}")
-        if z.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {z.dtype}")
-        if z.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense (strided) tensor, got layout {z.layout}")
-        if z.dim() != 2:
-            raise ValueError(f"{name} must be 2-D, (samples N, features D), got shape {tuple(z.shape)}")
-    if z_a.shape != z_b.shape:
-        raise ValueError(f"z_a and z_b must have the same shape, got {tuple(z_a.shape)} and {tuple(z_b.shape)}")
-    if z_a.dtype != z_b.dtype:
-        raise TypeError(f"z_a and z_b must have the same dtype, got {z_a.dtype} and {z_b.dtype}")
-    if z_a.device != z_b.device:
-        raise ValueError(f"z_a and z_b must be on the same device, got {z_a.device} and {z_b.device}")
-    n, d = z_a.shape
-    if n < min_samples:
-        raise ValueError(
-            f"z_a and z_b must have at least {min_samples} samples (N >= {min_samples}), got N = {n}"
-            if min_samples > 1
-            else "z_a and z_b must have at least 1 sample on every rank, got 0"
-        )
-    if d < 1:
-        raise ValueError(f"z_a and z_b must have at least 1 feature (D >= 1), got D = {d}")
-
-
-def _number(name: str, value: float) -> float:
-    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
-        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
-    return float(value)
+    return resolve_group(group)

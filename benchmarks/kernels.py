@@ -34,7 +34,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from barlow_fused.backends import Weights, triton_backend
+from barlow_fused.backends import triton_backend
+from barlow_fused.backends.operations import Weights
 from barlow_fused.backends.triton_kernels import configs
 from barlow_fused.normalization import CONVENTIONS, Normalization
 

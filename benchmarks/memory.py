@@ -17,7 +17,7 @@ work space of MKL, oneDNN or an OpenMP thread, so on CPUs the operating system i
   pass. Where the kernel forbids that, the peak counts from the start of the process, which can only be larger.
 
 Only touched pages count, as on the machine itself. The resolution is a few MB. It agrees with the allocations that
-torch.profiler records to within 5 % where MKL and oneDNN take no work space (tests/test_benchmarks.py).
+torch.profiler records to within 5 % where MKL and oneDNN take no work space (tests/benchmarks/test_benchmarks.py).
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from .peers import LossFunction, Peer
 
 MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": "131072",
+    "MALLOC_MMAP_MAX_": "65536",  # the default, whatever the caller has set
     "MALLOC_TRIM_THRESHOLD_": "131072",
     "MALLOC_ARENA_MAX": "1",
 }

@@ -29,8 +29,8 @@ import torch.multiprocessing
 from torch import Tensor
 
 from barlow_fused import barlow_twins_loss
-from barlow_fused.cost import Cost
-from barlow_fused.plan import plan
+from barlow_fused.planning.cost import Cost
+from barlow_fused.planning.plan import plan
 
 from . import machine
 

@@ -27,9 +27,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from barlow_fused import backends, barlow_twins_loss
-from barlow_fused.cost import COSTS, Problem, usual_cost
-from barlow_fused.devices import resolve_device
-from barlow_fused.plan import ROUTES, choose_backend, choose_route
+from barlow_fused.choice import ROUTES, choose_backend, choose_route, resolve_backend
+from barlow_fused.planning.cost import COSTS, Problem, usual_cost
+from barlow_fused.planning.devices import resolve_device
 
 LAMBD = 0.0051
 EPS = 1e-5
@@ -151,7 +151,7 @@ def fused_choice(n: int, d: int, device: torch.device, dtype: torch.dtype) -> tu
     """The route and the backend that "auto" takes for a shape."""
     backend = choose_backend("auto")
     if backend == "auto":
-        backend = backends.resolve("auto", device, dtype, shape=(n, d))
+        backend = resolve_backend("auto", device, dtype, shape=(n, d))
     return choose_route("auto", n, d, backend), backend
 
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
-from barlow_fused.network import Network
-from barlow_fused.plan import Plan, plan
+from barlow_fused.planning.network import Network
+from barlow_fused.planning.plan import Plan, plan
 
 RANKS = [2**k for k in range(1, 13)]
 WIDTHS = (8192, 65536, 1048576)

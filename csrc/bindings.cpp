@@ -13,7 +13,7 @@
 
 #include "kernels.h"
 #ifdef BARLOW_EMULATION
-#include "device.h"
+#include "gpu/device.h"
 #endif
 
 namespace py = pybind11;

@@ -14,8 +14,8 @@ import torch
 
 from barlow_fused import __version__, backends, configure, doctor, nvcc
 from barlow_fused.__main__ import main
-from barlow_fused.network import Network
-from barlow_fused.plan import plan
+from barlow_fused.planning.network import Network
+from barlow_fused.planning.plan import plan
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:

@@ -162,12 +162,12 @@ def test_inference_mode_and_no_grad():
     z_a, z_b = (z.requires_grad_() for z in views(N, D))
     want = barlow_twins_loss(z_a, z_b).detach()
     with torch.no_grad():
-        assert torch.equal(barlow_twins_loss(z_a, z_b), want)
+        assert error(barlow_twins_loss(z_a, z_b), want) < 1e-6
     with torch.inference_mode():
-        assert torch.equal(barlow_twins_loss(z_a, z_b), want)
+        assert error(barlow_twins_loss(z_a, z_b), want) < 1e-6
         inside = z_a * 1
     with torch.no_grad():
-        assert torch.equal(barlow_twins_loss(inside, z_b), want)
+        assert error(barlow_twins_loss(inside, z_b), want) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -26,8 +26,9 @@ from torch import Tensor
 
 from ..normalization import Normalization
 from ..reference import BarlowTwinsTerms
-from . import Weights, why_no_gpu
+from .accelerator import why_no_gpu
 from .normalized import Normalized, empty_terms
+from .operations import Weights
 from .triton_kernels import configs
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # kernels.h's DType

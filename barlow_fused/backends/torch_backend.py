@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..normalization import Normalization
 from ..reference import BarlowTwinsTerms
-from . import Weights
+from .operations import Weights
 
 SLAB_ELEMENTS = 2**18  # a float32 slab of 1 MiB: a core's L2 cache
 MIN_SLAB = 1024  # rows or columns: enough for the matrix product to run at full rate

@@ -1,8 +1,8 @@
-"""The torch backend's operations on one rank's part of a batch: what distributed.py is composed of.
+"""The torch backend's operations on one rank's part of a batch: what distributed/ is composed of.
 
 A backend that can work over several processes has such a file, ``<name>_partial.py``, beside its four operations, with
-what is listed here. ``triton_partial.py`` has its own View, partial_gram, partial_correlate and input_grad, which take
-nearly all of the time, and shares the rest.
+what is listed here. The backends of kernels have their own View, partial_gram, partial_correlate and input_grad, which
+take nearly all of the time (kernel_partial.py), and share the rest.
 
 A part is either all samples of some features (Gram route) or all features of some samples (direct route). Sums that go
 over the ranks are left undivided. Operations work on one view at a time where they can, so that the other view can

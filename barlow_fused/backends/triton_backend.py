@@ -17,7 +17,6 @@ to what PyTorch does.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import Any
 
@@ -27,8 +26,9 @@ from torch import Tensor
 
 from ..normalization import Normalization
 from ..reference import BarlowTwinsTerms
-from . import Weights
+from .accelerator import guard
 from .normalized import Normalized, empty_terms
+from .operations import Weights
 from .triton_kernels import configs
 from .triton_kernels.configs import Blocks, precision_of
 from .triton_kernels.correlate import correlate_kernel, correlate_terms_kernel
@@ -74,7 +74,7 @@ def normalize(z_a: Tensor, z_b: Tensor, normalization: Normalization | None) -> 
     }
     z = (z_a, z_b, *z_a.stride(), *z_b.stride())
     results = (stats, sums, counters, counters.numel(), n, d)
-    with _device(z_a):
+    with guard(z_a):
         if slab is not None:
             rows = max(16, triton.next_power_of_2(n))
             arguments = (*z, a_hat, b_hat, *results, convention.eps, convention.correction)
@@ -107,18 +107,18 @@ def gram(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[Ba
     inner = x.sums.new_empty(tiles)
     tma = x.hats is not None and n % blocks.m == 0 and _use_tma(a_hat)
     both = _descriptor(x.hats.view(2 * n, d), blocks.m, blocks.k) if tma else a_hat
-    with _device(x.z_a):
+    with guard(x.z_a):
         _tuned(gram_kernel)[(tiles * 2 * split,)](
             *(both, b_hat, *a_hat.stride(), *b_hat.stride(), partials, k, inner, x.sums, x.counters, *terms),
             *(n, d, tiles, split, steps, x.sums.shape[1], lambd, scale),
             SHIFT=0 if x.normalization is None else 1,
             BLOCK=blocks.m,
             BLOCK_K=blocks.k,
-            CHUNK=_chunk(precision, steps * blocks.k),
+            CHUNK=chunk(precision, steps * blocks.k),
             EVEN=n % blocks.m == 0 and d % blocks.k == 0,
             TMA=tma,
             UNIT_STRIDE=_unit_stride(a_hat, b_hat),
-            PRECISION=_input_precision(precision),
+            PRECISION=input_precision(precision),
             ROWS=16,
             BLOCK_SUM=configs.SUM_BLOCK,
             **_options(blocks),
@@ -146,7 +146,7 @@ def correlate(
     tma = _use_tma(*factors)
     operands = [_descriptor(t, blocks.k, blocks.m) if tma else t for t in factors]
     strides = [(*a.stride(), *b.stride()) for a, b in (factors[:2], factors[2:])]
-    with _device(x.z_a):
+    with guard(x.z_a):
         _tuned(correlate_kernel)[(tiles**2,)](
             *(
                 *operands[:2],
@@ -167,7 +167,7 @@ def correlate(
             GROUP=8,
             EVEN=d % blocks.m == 0 and n % blocks.k == 0,
             TMA=tma,
-            PRECISION=_input_precision(precision),
+            PRECISION=input_precision(precision),
             **_options(blocks),
         )
         columns = 128
@@ -190,9 +190,24 @@ def input_grad(
     """dL/dz_a and dL/dz_b, in the inputs' dtype."""
     grads = tuple(torch.empty_like(z) if need else None for z, need in zip((x.z_a, x.z_b), needs, strict=True))
     if any(needs):
-        with _device(x.z_a):
-            (_gram_grad if route == "gram" else _direct_grad)(x, product, weights, grads)
+        write_grads(x, product, route, weights, grads, x.z_a.shape[1])
     return grads
+
+
+def write_grads(
+    x: Normalized,
+    product: Tensor,
+    route: str,
+    weights: Weights,
+    grads: tuple[Tensor | None, Tensor | None],
+    k_divisor: int,  # what K was divided by: D, of all features where x has a part of them
+) -> None:
+    """``input_grad`` into tensors of the caller's."""
+    with guard(x.z_a):
+        if route == "gram":
+            _gram_grad(x, product, weights, grads, k_divisor)
+        else:
+            _direct_grad(x, product, weights, grads)
 
 
 def _gram_grad(
@@ -200,7 +215,7 @@ def _gram_grad(
     k: Tensor,
     weights: Weights,
     grads: tuple[Tensor | None, Tensor | None],
-    k_divisor: int | None = None,  # where x has a part of the features: the D of all of them, which K was divided by
+    k_divisor: int,
 ) -> None:
     n, d = x.z_a.shape
     precision = precision_of(x.dtype)
@@ -218,7 +233,7 @@ def _gram_grad(
     _tuned(gram_grad_kernel)[(len(views) * slabs * row_tiles,)](
         *(*views_z, *views_z[0].stride(), *views_z[1].stride()),
         *(right, b_hat, *a_hat.stride(), *b_hat.stride(), left, x.stats),
-        *(*out, *out[0].stride(), *out[1].stride(), *weights[:3], n, d, k_divisor or d),
+        *(*out, *out[0].stride(), *out[1].stride(), *weights[:3], n, d, k_divisor),
         *(views[0], slabs, weights.lambd, weights.scale),
         NORMALIZED=normalized,
         RAW=x.raw,
@@ -227,10 +242,10 @@ def _gram_grad(
         BLOCK_M=blocks.m,
         BLOCK_D=blocks.n,
         BLOCK_K=blocks.k,
-        CHUNK=_chunk(precision, n),
+        CHUNK=chunk(precision, n),
         EVEN=n % blocks.m == 0 and n % blocks.k == 0 and d % blocks.n == 0,
         TMA=tma,
-        PRECISION=_input_precision(precision),
+        PRECISION=input_precision(precision),
         UNIT_STRIDE=_unit_stride(*views_z),
         UNIT_STRIDE_RIGHT=_unit_stride(a_hat, b_hat),
         UNIT_STRIDE_GRAD=_unit_stride(*out),
@@ -266,7 +281,7 @@ def _direct_grad(x: Normalized, c: Tensor, weights: Weights, grads: tuple[Tensor
             GROUP=8,
             EVEN=n % blocks.m == 0 and d % blocks.n == 0 and d % blocks.k == 0,
             TMA=tma,
-            PRECISION=_input_precision(precision),
+            PRECISION=input_precision(precision),
             **_options(blocks),
         )
 
@@ -276,12 +291,13 @@ def _empty_stats(z: Tensor, normalization: Normalization | None, dtype: torch.dt
     return torch.empty(rows, z.shape[1], dtype=torch.float32, device=z.device)
 
 
-def _chunk(precision: str, length: int) -> int:
+def chunk(precision: str, length: int) -> int:
     """blocks.matmul's CHUNK for sums of ``length`` products."""
     return 0 if precision == "tf32x3" or length <= configs.CHUNK else configs.CHUNK
 
 
-def _input_precision(precision: str) -> str:
+def input_precision(precision: str) -> str:
+    """blocks.matmul's PRECISION."""
     return "tf32x3" if precision == "tf32x3" else "tf32"
 
 
@@ -319,10 +335,3 @@ def _autotuner(kernel: Any) -> Any:
     choices = [triton.Config({}, num_warps=w, num_stages=s) for w in (4, 8) for s in (2, 3, 4)]
     key = ["N", "D", *(name for name in kernel.arg_names if name.isupper() and name not in ("N", "D"))]
     return triton.autotune(choices, key)(kernel)
-
-
-def _device(z: Tensor) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device."""
-    if z.device.type != "cuda" or z.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(z.device)

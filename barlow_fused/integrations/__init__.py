@@ -43,7 +43,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..plan import configure
+from ..choice import configure
 from .libraries import LIBRARIES, Library
 
 __all__ = ["Patch", "patch", "unpatch"]

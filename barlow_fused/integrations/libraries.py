@@ -35,7 +35,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..loss import _check_inputs, barlow_twins_loss
+from ..arguments import check_inputs
+from ..loss import barlow_twins_loss
 from ..normalization import Normalization
 
 BATCH_NORM = Normalization(correction=0, eps=1e-5, eps_added_to="variance")
@@ -168,7 +169,7 @@ def find_problem(z_a: Any, z_b: Any, lambd: Any, scale: Any) -> Exception | None
         if not (isinstance(weight, Real) or (isinstance(weight, Tensor) and weight.dim() == 0)):
             return TypeError(f"a weight of the loss must be a real number or a 0-d tensor, got {type(weight).__name__}")
     try:
-        _check_inputs(z_a, z_b)
+        check_inputs(z_a, z_b)
     except (TypeError, ValueError) as error:
         return error
     return None

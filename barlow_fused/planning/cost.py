@@ -7,7 +7,7 @@ One function an implementation, each a few formulas in N, D and the sizes of a n
   (``CACHED_BYTES``) that it stays in the caches;
 * memory at its peak, beyond what every implementation holds: the inputs and both gradients.
 
-tests/test_plan.py compares them with what PyTorch's operators allocate, read and write.
+tests/planning/test_plan.py compares them with what PyTorch's operators allocate, read and write.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import dataclasses
 
 import torch
 
-from .backends import torch_backend
-from .backends.triton_kernels import configs
+from ..backends import torch_backend
+from ..backends.triton_kernels import configs
 from .devices import Device
 
 CACHED_BYTES = 2**24  # caches hold a few arrays of this size: 32 MiB and more on server CPUs, 40 to 126 MB on the GPUs

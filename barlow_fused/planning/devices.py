@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from .backends import torch_backend
-from .backends.triton_kernels import configs
+from ..backends import torch_backend
+from ..backends.triton_kernels import configs
 
 SECONDS_PER_MEASUREMENT = 0.1
 COPY_BYTES = 2**27  # larger than the caches

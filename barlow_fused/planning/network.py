@@ -25,11 +25,10 @@ import dataclasses
 import math
 from typing import Any
 
-from .backends.torch_backend import FEW_SAMPLES
-from .backends.torch_partial import panel_sizes
+from ..backends.torch_backend import FEW_SAMPLES
+from ..backends.torch_partial import panel_sizes
+from ..distributed.agreement import FIELDS
 from .cost import Cost, Problem
-
-HEADER = 17  # int64 numbers (distributed.py)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,14 +89,14 @@ class Collective:
 
 
 def gram_collectives(p: Problem, backend: str) -> list[Collective]:
-    """Those of distributed.py's Gram route, in their order."""
+    """Those of the Gram route (distributed/gram.py), in their order."""
     in_size, size = p.dtype.itemsize, p.compute_dtype.itemsize
     if backend == "torch" and p.n < FEW_SAMPLES:
         size = 8
     view = p.n // p.world_size * p.d * in_size
     k = sum(panel_sizes(p.n)) * size
     return [
-        Collective("header", "all_gather", HEADER * 8),
+        Collective("header", "all_gather", FIELDS * 8),
         *(Collective(f"view {view_}", "all_to_all", view) for view_ in "ab"),
         *(Collective(f"K_{view_}", "all_reduce", k) for view_ in "ab"),
         Collective("scalars", "all_reduce", 4 * 8),
@@ -109,7 +108,7 @@ def gram_collectives(p: Problem, backend: str) -> list[Collective]:
 def direct_collectives(p: Problem) -> list[Collective]:
     """Those of the direct route."""
     return [
-        Collective("header", "all_gather", HEADER * 8),
+        Collective("header", "all_gather", FIELDS * 8),
         Collective("statistics", "all_gather", 4 * p.d * 8),
         Collective("C", "all_reduce", (p.d**2 + p.d) * p.compute_dtype.itemsize),
     ]

@@ -1,95 +1,24 @@
-"""Which route and which backend a call takes, and what that costs.
+"""What a call would do with inputs of a shape, and what it would cost; nothing is run.
 
-A choice is made in this order: the argument of the call, then :func:`configure`, then the environment variables
-``BARLOW_FUSED_ROUTE`` and ``BARLOW_FUSED_BACKEND``, then the rule for ``"auto"``. The formulas of :func:`plan` stand
-in cost.py, the devices' rates in devices.py.
+The choice of route and backend is choice.py's, the formulas stand in cost.py, the devices' rates in devices.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 import textwrap
 from numbers import Integral
 
 import torch
 
-from . import backends
+from ..arguments import DTYPES
+from ..choice import choose_backend, choose_route, why_route
 from .cost import COSTS, Cost, Problem, usual_cost
 from .devices import resolve_device
 from .network import Collective, Network, direct_collectives, gram_collectives, usual_collectives, with_network
 
-ROUTES = ("gram", "direct")
 TITLE = 14  # width of a plan's first column
-
-_configured: dict[str, str] = {}
-
-
-class configure:  # noqa: N801 - used like torch.set_grad_enabled: a call that sets, or a context manager
-    """Set what ``route="auto"`` and ``backend="auto"`` mean in this process; as a context manager, for its block.
-
-    >>> configure(backend="torch")              # from now on
-    >>> with configure(route="direct"): ...     # in this block
-
-    Args:
-        route: ``"gram"``, ``"direct"`` or ``"auto"`` (the default rule); None leaves it as it is.
-        backend: ``"torch"``, ``"triton"``, ``"cuda"``, ``"reference"`` or ``"auto"``; None leaves it as it is.
-    """
-
-    def __init__(self, route: str | None = None, backend: str | None = None) -> None:
-        wanted = {}
-        if route is not None:
-            wanted["route"] = _check("route", route, ROUTES)
-        if backend is not None:
-            wanted["backend"] = _check("backend", backend, backends.BACKENDS)
-        self._previous = dict(_configured)
-        _configured.update(wanted)
-
-    def __enter__(self) -> configure:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        _configured.clear()
-        _configured.update(self._previous)
-
-
-def choose_backend(
-    backend: str,
-    device: torch.device | None = None,
-    dtype: torch.dtype | None = None,
-    capability: tuple[int, int] | None = None,
-    shape: tuple[int, int] | None = None,
-) -> str:
-    """The backend that runs a call with the argument ``backend`` on tensors of ``device``, ``dtype`` and ``shape``.
-
-    Without a device it may be ``"auto"``. ``capability`` is that of a GPU that need not be on this machine.
-
-    Raises:
-        ValueError: not a backend's name.
-        RuntimeError: a backend was forced that cannot run there.
-    """
-    backend = _resolve("backend", backend, backends.BACKENDS)
-    return backend if device is None else backends.resolve(backend, device, dtype, capability, shape)
-
-
-def choose_route(route: str, n: int | None = None, d: int | None = None, backend: str | None = None) -> str:
-    """The route for N samples of D features (None: only check the argument).
-
-    Gram where N <= D/2: there it needs half the FLOPs of the direct route or fewer, and its difference of sums
-    amplifies rounding by at most about 2 (docs: the README's section on precision).
-    """
-    argument = _check("route", route, ROUTES)
-    route = _resolve("route", route, ROUTES)
-    if n is None or d is None:
-        return route
-    if backend == "reference":
-        if argument == "gram":
-            raise ValueError("route='gram' cannot run with backend='reference', which forms C: accepted is 'direct'")
-        return "direct"
-    if route == "auto":
-        return "gram" if 2 * n <= d else "direct"
-    return route
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,14 +138,12 @@ def plan(
             ``"a100"``, ``"b200"`` to plan for hardware that is not here. Other devices are measured, once per process.
         world_size: how many ranks share the batch; the costs are then those of one rank.
         route, backend: as for :func:`barlow_twins_loss`.
-        network: with several ranks, what connects them (``barlow_fused.network.Network``, which has defaults).
+        network: with several ranks, what connects them (``barlow_fused.planning.network.Network``, which has defaults).
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
         RuntimeError: the backend asked for cannot run there.
     """
-    from .loss import DTYPES  # loss.py imports this file
-
     n, d, world_size = _integer("n", n, 2), _integer("d", d, 1), _integer("world_size", world_size, 1)
     if n % world_size:
         raise ValueError(f"n must be divisible by world_size (ranks share it equally), got {n} and {world_size}")
@@ -243,31 +170,13 @@ def plan(
         device=target.label,
         route=chosen,
         backend=backend,
-        why=_why_route(route, n, d, backend),
+        why=why_route(route, n, d, backend),
         fused=fused,
         usual=usual,
         lower_bound=problem.lower_bound,
         rates=_rates(problem),
         network=network if world_size > 1 else None,
     )
-
-
-def configured() -> dict[str, str]:
-    """What :func:`configure` has set, of ``"route"`` and ``"backend"``."""
-    return dict(_configured)
-
-
-def _why_route(argument: str, n: int, d: int, backend: str) -> str:
-    """One sentence on the choice that choose_route made."""
-    if backend == "reference":
-        return "the reference backend forms C, and knows no other"
-    if argument != "auto":
-        return "asked for by the argument"
-    if _resolve("route", argument, ROUTES) != "auto":
-        return "set by configure()" if "route" in _configured else "set by BARLOW_FUSED_ROUTE"
-    if 2 * n <= d:
-        return f"N <= D/2, {d / n:.3g}x fewer FLOPs than the direct route"
-    return "N > D/2, where the Gram route saves little and loses precision"
 
 
 def _rates(problem: Problem) -> str:
@@ -314,19 +223,3 @@ def _integer(name: str, value: int, least: int) -> int:
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
     return int(value)
-
-
-def _resolve(name: str, value: str, accepted: tuple[str, ...]) -> str:
-    """An argument, or what stands in for its "auto"."""
-    if _check(name, value, accepted) != "auto":
-        return value
-    if name in _configured:
-        return _configured[name]
-    variable = f"BARLOW_FUSED_{name.upper()}"
-    return _check(variable, os.environ.get(variable) or "auto", accepted)
-
-
-def _check(name: str, value: str, accepted: tuple[str, ...]) -> str:
-    if value != "auto" and value not in accepted:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, ('auto', *accepted)))}, got {value!r}")
-    return value

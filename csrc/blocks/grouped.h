@@ -1,7 +1,7 @@
 // grouped.h: the order in which blocks take the tiles of a product.
 #pragma once
 
-#include "device.h"
+#include "gpu/device.h"
 
 namespace barlow {
 

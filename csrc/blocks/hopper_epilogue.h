@@ -8,8 +8,8 @@
 // So a warp handles 16 rows by 64 columns, eight fragments, at a time, and needs no other warp.
 #pragma once
 
-#include "hopper_multiply.h"
-#include "input_grad.h"
+#include "blocks/hopper_multiply.h"
+#include "blocks/input_grad.h"
 
 namespace barlow {
 

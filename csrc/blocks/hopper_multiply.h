@@ -22,7 +22,7 @@
 // float32 stays with multiply.h: wgmma takes TF32 factors only k-major.
 #pragma once
 
-#include "hopper.h"
+#include "gpu/hopper.h"
 
 namespace barlow {
 

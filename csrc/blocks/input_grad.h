@@ -10,8 +10,8 @@
 // multiplication and an addition, so `other` costs nothing: weight_y and an offset take it in.
 #pragma once
 
-#include "reduce.h"
-#include "tile.h"
+#include "blocks/reduce.h"
+#include "blocks/tile.h"
 
 namespace barlow {
 

@@ -17,7 +17,7 @@
 
 #include <cstring>
 
-#include "device.h"
+#include "gpu/device.h"
 
 namespace barlow {
 

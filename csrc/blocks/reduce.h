@@ -2,7 +2,7 @@
 // input gives the same bits; and the three terms of the loss, which are such sums.
 #pragma once
 
-#include "device.h"
+#include "gpu/device.h"
 
 namespace barlow {
 

@@ -5,7 +5,7 @@
 // feature stays in its registers, and global memory is read and written in whole 16-byte pieces.
 #pragma once
 
-#include "multiply.h"
+#include "blocks/multiply.h"
 
 namespace barlow {
 

@@ -93,9 +93,9 @@ void check_launch(const What& what, int n, int d, int64_t blocks, int shared_byt
 }  // namespace barlow
 
 #ifdef BARLOW_EMULATION
-#include "emulation/device.h"
+#include "gpu/emulation/device.h"
 #else
-#include "device_cuda.h"
+#include "gpu/device_cuda.h"
 #endif
 
 namespace barlow {

@@ -8,7 +8,7 @@
 // a 64 x N product of tiles in shared memory, described by two 64-bit descriptors, and wait for it later.
 #pragma once
 
-#include "device.h"
+#include "gpu/device.h"
 
 namespace barlow {
 
@@ -41,7 +41,7 @@ constexpr uint64_t wgmma_next_k = (K_MAJOR ? 32 : 2048) >> 4;  // added to a des
 }  // namespace barlow
 
 #ifdef BARLOW_EMULATION
-#include "emulation/hopper.h"
+#include "gpu/emulation/hopper.h"
 #else
-#include "hopper_cuda.h"
+#include "gpu/hopper_cuda.h"
 #endif

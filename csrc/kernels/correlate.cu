@@ -1,7 +1,7 @@
 // correlate on any GPU from sm_80: correlate.h with multiply.h's product.
-#include "correlate.h"
-#include "grouped.h"
-#include "hopper_kernels.h"
+#include "blocks/grouped.h"
+#include "kernels/correlate.h"
+#include "kernels/hopper_kernels.h"
 
 namespace barlow {
 namespace {

@@ -18,8 +18,8 @@
 // all the terms: always in the order of the tiles, whoever is last (reduce.h).
 #pragma once
 
-#include "reduce.h"
-#include "tile.h"
+#include "blocks/reduce.h"
+#include "blocks/tile.h"
 
 namespace barlow {
 

@@ -1,7 +1,7 @@
 // direct_grad on any GPU from sm_80: direct_grad.h with multiply.h's product.
-#include "direct_grad.h"
-#include "grouped.h"
-#include "hopper_kernels.h"
+#include "blocks/grouped.h"
+#include "kernels/direct_grad.h"
+#include "kernels/hopper_kernels.h"
 
 namespace barlow {
 namespace {

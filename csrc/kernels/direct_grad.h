@@ -15,7 +15,7 @@
 // finishes by itself, and the batch norm's backward costs an epilogue.
 #pragma once
 
-#include "input_grad.h"
+#include "blocks/input_grad.h"
 
 namespace barlow {
 

@@ -1,6 +1,6 @@
 // gram on any GPU from sm_80: gram.h with multiply.h's product.
-#include "gram.h"
-#include "hopper_kernels.h"
+#include "kernels/gram.h"
+#include "kernels/hopper_kernels.h"
 
 namespace barlow {
 namespace {

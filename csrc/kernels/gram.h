@@ -20,8 +20,8 @@
 //   anyway. K / D - I is stored, and gram_grad adds A_hat in float32.
 #pragma once
 
-#include "multiply.h"
-#include "reduce.h"
+#include "blocks/multiply.h"
+#include "blocks/reduce.h"
 
 namespace barlow {
 

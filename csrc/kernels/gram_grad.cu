@@ -1,6 +1,6 @@
 // gram_grad on any GPU from sm_80: gram_grad.h with multiply.h's product.
-#include "gram_grad.h"
-#include "hopper_kernels.h"
+#include "kernels/gram_grad.h"
+#include "kernels/hopper_kernels.h"
 
 namespace barlow {
 namespace {

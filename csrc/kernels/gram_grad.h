@@ -24,7 +24,7 @@
 // Without normalization there is no mean: each row tile is finished at once.
 #pragma once
 
-#include "input_grad.h"
+#include "blocks/input_grad.h"
 
 namespace barlow {
 

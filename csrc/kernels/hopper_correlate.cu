@@ -7,10 +7,10 @@
 // N = 8192, D = 2048: 128 tiles of 128 x 256 and 128 steps of 1024 cycles, one wave on 132 multiprocessors.
 #include <cmath>
 
-#include "correlate.h"
-#include "grouped.h"
-#include "hopper_epilogue.h"
-#include "hopper_kernels.h"
+#include "blocks/grouped.h"
+#include "blocks/hopper_epilogue.h"
+#include "kernels/correlate.h"
+#include "kernels/hopper_kernels.h"
 
 namespace barlow {
 namespace {

@@ -5,10 +5,10 @@
 //
 // N = 8192, D = 2048: 256 tiles of 128 x 256 and 32 steps of 1024 cycles for 132 multiprocessors, two waves; a tile's
 // epilogue reads 128 KiB, loaded ahead by the TMA, and writes 64 KiB.
-#include "direct_grad.h"
-#include "grouped.h"
-#include "hopper_epilogue.h"
-#include "hopper_kernels.h"
+#include "blocks/grouped.h"
+#include "blocks/hopper_epilogue.h"
+#include "kernels/direct_grad.h"
+#include "kernels/hopper_kernels.h"
 
 namespace barlow {
 namespace {

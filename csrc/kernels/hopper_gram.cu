@@ -11,9 +11,9 @@
 //   of every thread. These pieces of tiles are then stored, counted and completed on their own. N = 256, D = 8192: 3
 //   tiles, both views, two slices, 96 blocks of 8 steps each; a piece's last phase reads four times 8 KiB, where one
 //   block for the whole tile and as many blocks without clusters would read 32 times 64 KiB.
-#include "gram.h"
-#include "hopper_kernels.h"
-#include "hopper_multiply.h"
+#include "blocks/hopper_multiply.h"
+#include "kernels/gram.h"
+#include "kernels/hopper_kernels.h"
 
 namespace barlow {
 namespace {

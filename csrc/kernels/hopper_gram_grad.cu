@@ -9,9 +9,9 @@
 //
 // N = 1024, D = 65536, both views: 512 slabs for 16 clusters of 8, 32 each: 16 steps of 1024 cycles for the product of
 // a tile, and 192 KiB through the ring for its epilogue, of which 64 KiB, own again, were there a moment ago.
-#include "gram_grad.h"
-#include "hopper_epilogue.h"
-#include "hopper_kernels.h"
+#include "blocks/hopper_epilogue.h"
+#include "kernels/gram_grad.h"
+#include "kernels/hopper_kernels.h"
 
 namespace barlow {
 namespace {

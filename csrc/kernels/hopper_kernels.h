@@ -2,7 +2,7 @@
 // choose between these and the portable kernels.
 #pragma once
 
-#include "device.h"
+#include "gpu/device.h"
 
 namespace barlow {
 

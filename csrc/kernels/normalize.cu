@@ -18,8 +18,8 @@
 // Every feature is first shifted by its own first sample, which is exact where samples are close to one another. What is
 // left has a mean of the size of its deviation, so a feature with |mean| / deviation = 1e3 loses nothing in float32, and
 // a constant one is exactly 0.
-#include "reduce.h"
-#include "tile.h"
+#include "blocks/reduce.h"
+#include "blocks/tile.h"
 
 namespace barlow {
 namespace {

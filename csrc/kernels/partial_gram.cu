@@ -7,7 +7,7 @@
 //
 // gram cannot be used: it wants both views at once, where one should be multiplied while the other travels, and it
 // divides, shifts and rounds K, which must first be summed over the processes. What is left is the product.
-#include "multiply.h"
+#include "blocks/multiply.h"
 
 namespace barlow {
 namespace {

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import functools
 import json
 import re
 import sys
@@ -15,6 +14,7 @@ import sys
 import pytest
 import torch
 from peers import losses_of
+from planted import allocating_loss, another_loss, broken_loss, hungry_loss, make_peer, wrong_loss
 
 from barlow_fused import backends
 from barlow_fused.normalization import Normalization
@@ -37,46 +37,12 @@ from benchmarks import (
     verify,
 )
 from benchmarks.__main__ import main
-from benchmarks.peers import Peer
 
 CPU = torch.device("cpu")
 N, D = 32, 256
 FAST = ["--device", "cpu", "--n", str(N), "--d", str(D), "--rounds", "2", "--no-memory"]
 PEERS = peers.available_peers(CPU)
 EAGER_PEERS = [key for key in PEERS if key != "compile"]
-
-
-def give(loss_function):
-    return loss_function
-
-
-def make_peer(name, loss_function, **fields):
-    return Peer(name, functools.partial(give, loss_function), no_bytes, **fields)
-
-
-def no_bytes(n, d, dtype, device):
-    return 0
-
-
-def another_loss(z_a, z_b):
-    return (z_a * z_b).square().mean()
-
-
-def wrong_loss(z_a, z_b):
-    return 1.01 * peers.usual_loss(z_a, z_b)
-
-
-def broken_loss(z_a, z_b):
-    raise RuntimeError("a sentence that says what broke\nand more")
-
-
-def hungry_loss(z_a, z_b):
-    raise torch.OutOfMemoryError("tried to allocate 1 TB")
-
-
-def allocating_loss(z_a, z_b):
-    block = torch.ones(50_000_000)  # 200 MB
-    return peers.usual_loss(z_a, z_b) + 0 * block[0]
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,9 @@
-"""What every process of tests/test_distributed.py runs, under torchrun:
+"""What test_distributed.py checks on every rank of 1, 2, 3 and 4 processes:
 
-    torchrun --standalone --nproc-per-node 3 tests/distributed_checks.py results.json
+    python tests/distributed/checks.py FOLDER torch 1 2 3 4
 
-Each check runs on every rank and raises where something is wrong. Rank 0 writes, for each check, what went wrong on
-which rank (nothing, if all is well). The group's timeout turns a hang into a failure.
+Each check runs on every rank and raises where something is wrong. Rank 0 writes FOLDER/<ranks>.json: for each check,
+what went wrong on which rank (nothing, if all is well). The group's timeout turns a hang into a failure.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import forked
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
@@ -37,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 from barlow_fused import BarlowTwinsLoss, Normalization, barlow_twins_loss
 from barlow_fused.backends import torch_partial
 from barlow_fused.integrations import patch
-from barlow_fused.plan import plan
+from barlow_fused.planning.plan import plan
 from barlow_fused.reference import reference_loss, standardize
 
 TIMEOUT = datetime.timedelta(seconds=60)
@@ -88,17 +89,28 @@ def global_oracle(
     return tuple(t.detach() for t in (loss, on_diag, off_diag, *grads)), size
 
 
+WEIGHTS = {"lambd": 0.02, "scale": 3.0}
+
+
+@functools.lru_cache(maxsize=8)
+def problem(
+    n: int, d: int, dtype: torch.dtype, segments: tuple[int, ...], convention: Normalization | None
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...], float]:
+    """Two views and the oracle's answer, which both routes and both conventions of the gradient are compared with."""
+    z_a, z_b = views(n, d, dtype)
+    return z_a, z_b, *global_oracle(z_a, z_b, list(segments), convention, **WEIGHTS)
+
+
 def assert_equal_to_oracle(
     n: int, d: int, dtype: torch.dtype, tolerance: float, route: str, gradient: str, statistics: str,
     convention: Any = BATCH_NORM, sizes: list[int] | None = None, group: Any = "world", **kwargs: Any,
 ) -> None:  # fmt: skip
-    z_a, z_b = views(n, d, dtype)
     sizes = sizes or split(n)
-    weights = {"lambd": 0.02, "scale": 3.0}
-    want, size = global_oracle(z_a, z_b, sizes if statistics == "local" else [n], convention, **weights)
+    segments = tuple(sizes) if statistics == "local" else (n,)
+    z_a, z_b, want, size = problem(n, d, dtype, segments, convention)
     a, b = own(z_a, sizes), own(z_b, sizes)
     terms = barlow_twins_loss(
-        a, b, **weights, normalization=convention or "none", route=route, return_terms=True,
+        a, b, **WEIGHTS, normalization=convention or "none", route=route, return_terms=True,
         group=group, gradient=gradient, statistics=statistics, **kwargs,
     )  # fmt: skip
     grads = torch.autograd.grad(terms.loss, (a, b))
@@ -720,17 +732,11 @@ def kernel_checks(backend: str) -> dict[str, Callable[[], None]]:
     return {f.__name__: functools.partial(f, backend) for f in KERNEL_CHECKS}
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")  # torch.distributed.nn is deprecated; the libraries use it
+def run_checks(checks: dict[str, Callable[[], None]], path: Path) -> None:
+    """On every rank: rank 0 writes what went wrong."""
     dist.init_process_group("gloo", timeout=TIMEOUT)
-    wanted = sys.argv[2:]
-    kernels = wanted in (["triton"], ["cuda"])
-    checks = kernel_checks(wanted[0]) if kernels else CHECKS
     results = {}
     for name, function in checks.items():
-        if wanted and not kernels and name not in wanted:
-            continue
         try:
             function()
             problem = None
@@ -740,9 +746,18 @@ def main() -> None:
         dist.all_gather_object(problems, problem)
         results[name] = {rank: text for rank, text in enumerate(problems) if text is not None}
     if dist.get_rank() == 0:
-        with open(sys.argv[1], "w") as file:
-            json.dump(results, file)
+        path.write_text(json.dumps(results))
     dist.destroy_process_group()
+
+
+def main() -> None:
+    folder, backend, *counts = sys.argv[1:]
+    warnings.simplefilter("ignore")  # torch.distributed.nn is deprecated; the libraries use it
+    for name in PATCHED:
+        library(name)  # imported before the ranks part
+    checks = CHECKS if backend == "torch" else kernel_checks(backend)
+    for ranks in counts:
+        forked.run(int(ranks), run_checks, checks, Path(folder, f"{ranks}.json"))
 
 
 if __name__ == "__main__":

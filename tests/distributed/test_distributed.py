@@ -1,13 +1,11 @@
-"""The loss over several processes, on Gloo: what tests/distributed_checks.py checks on every rank, under torchrun.
+"""The loss over several processes, on Gloo: what checks.py checks on every rank.
 
 What the arguments are checked for, and what happens when a rank leaves the other alone, stands here.
 """
 
 import ast
 import functools
-import itertools
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -17,12 +15,13 @@ import builds
 import pytest
 import torch
 import torch.distributed as dist
+from subprocesses import environment
 
 from barlow_fused import BarlowTwinsLoss, barlow_twins_loss
 
-HERE = Path(__file__).parent
-SCRIPT = HERE / "distributed_checks.py"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+SCRIPT = Path(__file__).with_name("checks.py")
+ENVIRONMENT = environment(OMP_NUM_THREADS="1")
+RANKS = (1, 2, 3, 4)
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no torch.distributed")
 
@@ -34,51 +33,65 @@ def names_of_checks() -> list[str]:
 
 
 @functools.cache
-def results(ranks: int, *names: str) -> dict[str, dict[str, str]]:
-    """What went wrong, {check: {rank: traceback}}, in one run of all checks, or of those of a backend of kernels."""
-    environment = ENVIRONMENT
-    if names == ("triton",):
-        environment = {**ENVIRONMENT, "TRITON_INTERPRET": "1"}
-    elif names == ("cuda",):
-        environment = {**ENVIRONMENT, "BARLOW_FUSED_EMULATED": str(builds.emulated())}
+def results(backend: str, *counts: int) -> dict[int, dict[str, dict[str, str]]]:
+    """What went wrong with so many ranks, {ranks: {check: {rank: traceback}}}, in one run of all checks."""
+    variables = {
+        "triton": lambda: {"TRITON_INTERPRET": "1"},
+        "cuda": lambda: {"BARLOW_FUSED_EMULATED": str(builds.emulated())},
+    }
+    own = variables[backend]() if backend in variables else {}
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "results.json")
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-        process = subprocess.run(
-            [*torchrun, str(SCRIPT), str(path), *names], env=environment, capture_output=True, text=True, timeout=240
-        )
-        assert path.exists(), process.stderr[-5000:]
-        return json.loads(path.read_text())
+        command = [sys.executable, str(SCRIPT), folder, backend, *map(str, counts)]
+        done = subprocess.run(command, env={**ENVIRONMENT, **own}, capture_output=True, text=True, timeout=400)
+        assert done.returncode == 0, done.stderr[-5000:]
+        return {ranks: json.loads(Path(folder, f"{ranks}.json").read_text()) for ranks in counts}
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("name", names_of_checks())
 def test_on_every_rank(name: str, ranks: int) -> None:
-    problems = results(ranks)[name]
+    problems = results("torch", *RANKS)[ranks][name]
     assert not problems, "\n".join(f"rank {rank}: {text}" for rank, text in problems.items())
 
 
 LEFT_ALONE = """
-import datetime, os, sys, time, torch, torch.distributed as dist
+import datetime, json, os, sys, time, traceback, torch, torch.distributed as dist
 from barlow_fused import barlow_twins_loss
+import barlow_fused.backends.torch_partial, barlow_fused.distributed
 
-rank, what = int(sys.argv[1]), sys.argv[2]
-store = dist.FileStore(sys.argv[3], 2)
-dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=10))
-torch.set_num_threads(1)
-for step in range(3):
-    odd = rank == 1 and step == 1
-    z_a, z_b = (torch.randn(8, 100, requires_grad=True) for _ in range(2))
-    if odd and what == "is killed before":
-        os._exit(0)
-    loss = barlow_twins_loss(z_a, z_b, group="world", gradient="official")
-    if odd and what == "is killed after":
-        os._exit(0)
-    if odd and what == "skips backward and waits":
-        time.sleep(20)
-        os._exit(0)
-    if not (odd and what == "skips backward and goes on"):
-        loss.backward()
+def on_rank(folder, what, rank):
+    store = dist.FileStore(os.path.join(folder, what), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=4))
+    torch.set_num_threads(1)
+    for step in range(3):
+        odd = rank == 1 and step == 1
+        z_a, z_b = (torch.randn(8, 100, requires_grad=True) for _ in range(2))
+        if odd and what == "is killed before":
+            os._exit(0)
+        loss = barlow_twins_loss(z_a, z_b, group="world", gradient="official")
+        if odd and what == "is killed after":
+            os._exit(0)
+        if odd and what == "skips backward and waits":
+            time.sleep(9)
+            os._exit(0)
+        if not (odd and what == "skips backward and goes on"):
+            loss.backward()
+
+folder, *endings = sys.argv[1:]
+processes = {}
+for what in endings:
+    for rank in range(2):
+        processes[what, rank] = os.fork()
+        if processes[what, rank] == 0:
+            os.dup2(os.open(os.path.join(folder, f"{what} {rank}.log"), os.O_CREAT | os.O_WRONLY), 2)
+            try:
+                on_rank(folder, what, rank)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+codes = {f"{what} {rank}": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for (what, rank), pid in processes.items()}
+print(json.dumps(codes))
 """
 ENDINGS = ("is killed before", "is killed after", "skips backward and waits", "skips backward and goes on")
 
@@ -87,26 +100,14 @@ ENDINGS = ("is killed before", "is killed after", "skips backward and waits", "s
 def left_alone() -> dict[str, list[tuple[int, str]]]:
     """The exit codes and the errors of two ranks, of which rank 1 leaves the other alone, in each way."""
     with tempfile.TemporaryDirectory() as folder:
-        processes = {
-            what: [
-                subprocess.Popen(
-                    [sys.executable, "-c", LEFT_ALONE, str(rank), what, str(Path(folder, what))],
-                    env=ENVIRONMENT,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-                for rank in range(2)
-            ]
+        command = [sys.executable, "-c", LEFT_ALONE, folder, *ENDINGS]
+        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-5000:]
+        codes = json.loads(done.stdout)
+        return {
+            what: [(codes[f"{what} {r}"], Path(folder, f"{what} {r}.log").read_text()) for r in range(2)]
             for what in ENDINGS
         }
-        try:
-            return {
-                what: [(errors := p.communicate(timeout=90)[1], (p.returncode, errors))[1] for p in ranks]
-                for what, ranks in processes.items()
-            }
-        finally:
-            for process in itertools.chain(*processes.values()):
-                process.kill()
 
 
 @pytest.mark.parametrize("what", ENDINGS)
@@ -125,7 +126,7 @@ def test_the_backends_of_kernels(backend: str) -> None:
     """In Triton's interpreter, and compiled for the CPU."""
     if backend == "triton":
         pytest.importorskip("triton", reason="needs the package triton")
-    problems = results(2, backend)
+    problems = results(backend, 2)[2]
     assert len(problems) == 3
     assert not any(problems.values()), problems
 

@@ -10,7 +10,7 @@ from cases import NORMALIZATIONS, ROUTES, answer, assert_close, error, oracle, v
 
 from barlow_fused import barlow_twins_loss
 from barlow_fused.backends import why_unusable
-from barlow_fused.plan import plan
+from barlow_fused.planning.plan import plan
 
 GPU = torch.device("cuda", 0)
 HAS_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability(GPU) >= (8, 0)

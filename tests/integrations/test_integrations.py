@@ -1,7 +1,7 @@
 """A patched library computes what it computed before: same number, gradient and errors, under every name it has.
 
 lightly and MONAI are imported as they are, solo-learn and stable-pretraining without what their losses do not use
-(peers.py). Several processes are tests/distributed_checks.py's.
+(peers.py). Several processes are distributed/checks.py's.
 """
 
 from __future__ import annotations

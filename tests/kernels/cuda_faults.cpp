@@ -4,7 +4,7 @@
 #include <cstdio>
 #include <memory>
 
-#include "gram.h"
+#include "kernels/gram.h"
 
 using namespace barlow;
 

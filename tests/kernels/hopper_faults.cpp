@@ -5,7 +5,7 @@
 #include <cstdio>
 #include <memory>
 
-#include "hopper_multiply.h"
+#include "blocks/hopper_multiply.h"
 
 using namespace barlow;
 

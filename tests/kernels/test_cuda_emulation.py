@@ -1,72 +1,15 @@
-"""The CUDA kernels, compiled for the CPU, against the float64 oracle: every test runs as on an Ampere GPU, and those of
-half precision once more with Hopper's kernels. Nothing here needs a GPU or nvcc.
-"""
+"""What holds for the CUDA kernels beyond test_kernels.py, compiled for the CPU. Nothing here needs a GPU or nvcc."""
 
 from __future__ import annotations
 
-import functools
-import os
-import pathlib
-import re
-import subprocess
-import sys
-
-import builds
 import cases
 import pytest
 import torch
-from cases import NORMALIZATIONS, ROUTES, answer, assert_close, views
-from kernel_checks import *  # noqa: F403 - the tests that hold for any kernels
+from cases import ROUTES, answer, views
 
-from barlow_fused import barlow_twins_loss
 from barlow_fused.backends import cuda_backend, why_unusable
-from barlow_fused.backends.triton_kernels import configs
 
 CPU = torch.device("cpu")
-HALVES = (torch.bfloat16, torch.float16)
-OF_HALVES = (  # tests that have no parameter for it
-    "test_correlate_takes_the_centred_form_where_means_are_large",
-    "test_same_bits_with_and_without_gradient_and_torch_compile",
-    "test_the_four_operations_keep_their_contract",
-)
-MODULE = "BARLOW_FUSED_EMULATED"  # a path: the module to test in a process of its own
-
-
-@pytest.fixture(scope="session")
-def module():
-    """The kernels."""
-    return builds.load(pathlib.Path(os.environ.get(MODULE) or builds.emulated()))
-
-
-@pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90"])
-def kernels(request, module, monkeypatch):
-    """The backend on an emulated GPU of 8 multiprocessors, which multiplies also small halves as they are."""
-    dtype = request.node.callspec.params.get("dtype")
-    if request.param == 90 and dtype not in HALVES and request.function.__name__ not in OF_HALVES:
-        pytest.skip("float32 takes the same kernels on every GPU")
-    monkeypatch.setattr(configs, "FLOAT32_ELEMENTS", 0)
-    for half in HALVES:  # the rounding of so few elements does not average out
-        monkeypatch.setitem(cases.TOLERANCE, half, (5e-4, 5e-3))
-    module.emulate(request.param, 8)
-    cuda_backend.use(module)
-    yield cuda_backend
-    cuda_backend.use(None)
-
-
-@pytest.fixture
-def fused(kernels):
-    """The loss with these kernels."""
-    return lambda **kwargs: functools.partial(barlow_twins_loss, backend="cuda", return_terms=True, **kwargs)
-
-
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("n", "d"), [(16, 64), (17, 100), (70, 150)])
-def test_small_halves_keep_the_tolerance(fused, n, d, dtype, route, monkeypatch):
-    """They are multiplied in float32, as configs.FLOAT32_ELEMENTS says."""
-    monkeypatch.undo()
-    z_a, z_b = views(n, d, dtype)
-    assert_close(answer(fused(route=route), z_a, z_b), z_a, z_b, NORMALIZATIONS["batch_norm"])
 
 
 @pytest.mark.parametrize("precision", ["highest", "high"])
@@ -138,24 +81,3 @@ def test_what_python_cannot_see_is_checked(module):
             module.gram(n=8, d=2**21 + 1, partials=partials.data_ptr(), **arguments)
     finally:
         cuda_backend.use(None)
-
-
-@pytest.mark.skipif(MODULE in os.environ, reason="runs in the outer process")
-def test_under_the_sanitizers():
-    """A part of the tests above with AddressSanitizer and UndefinedBehaviorSanitizer, in a process of its own."""
-    compiler = builds.tool("c++")
-    libraries = [
-        subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
-        for name in ("libasan.so", "libubsan.so")
-    ]
-    environment = {
-        **os.environ,
-        MODULE: str(builds.emulated(sanitize=True)),
-        "LD_PRELOAD": " ".join(libraries),
-        "ASAN_OPTIONS": "detect_leaks=0",
-    }
-    part = "(over_shapes and (33-100 or 65-130)) or (over_conventions and 17-100) or non_contiguous"
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-q", "-x", "-k", part]
-    done = subprocess.run([*command, __file__], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
-    assert re.search(r"\d+ passed", done.stdout), done.stdout

@@ -12,7 +12,8 @@ import subprocess
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
+HERE = pathlib.Path(__file__).parent
+SOURCES = HERE.parents[1] / "csrc"
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 PROGRAMS = ("cuda_faults", "hopper_faults")
 
@@ -23,7 +24,7 @@ def build(folder: pathlib.Path, name: str, source: pathlib.Path, flags: tuple[st
     """The program with the kernels in ``source``."""
     program = folder / name
     command = ["g++", "-std=c++17", "-O1", "-g", "-Wno-unknown-pragmas", "-DBARLOW_EMULATION", *flags]
-    check = ROOT / "tests" / f"{name}.cpp"
+    check = HERE / f"{name}.cpp"
     subprocess.run([*command, "-I", source, check, "-o", program], check=True, capture_output=True)
     return program
 
@@ -41,7 +42,7 @@ def run(program: pathlib.Path, order: str = "forward", copies: str = "late") -> 
 @pytest.mark.parametrize("name", PROGRAMS)
 @pytest.mark.parametrize("flags", [(), SANITIZE], ids=["plain", "sanitized"])
 def test_without_a_fault_nothing_is_reported(name, flags, tmp_path):
-    program = build(tmp_path, name, ROOT / "csrc", flags)
+    program = build(tmp_path, name, SOURCES, flags)
     for order, copies in (("forward", "late"), ("reverse", "early")):
         assert run(program, order, copies) == (0, "")
 
@@ -49,27 +50,27 @@ def test_without_a_fault_nothing_is_reported(name, flags, tmp_path):
 # what is wrong: the file, the right text, the wrong text, compiler flags, what is reported
 CUDA_FAULTS = {
     "a read past the end": (
-        *("multiply.h", "const int count = row < row_end ?", "const int count = row <= row_end ?"),
+        *("blocks/multiply.h", "const int count = row < row_end ?", "const int count = row <= row_end ?"),
         *(SANITIZE, "heap-buffer-overflow"),
     ),
     "a write past the end": (
-        *("gram.h", "if (m >= n && m < p.n) {", "if (m >= n) {"),
+        *("kernels/gram.h", "if (m >= n && m < p.n) {", "if (m >= n) {"),
         *(SANITIZE, "heap-buffer-overflow"),
     ),
     "a missing barrier": (
-        *("multiply.h", "barrier();  // everybody's copies of this stage", ";  //"),
+        *("blocks/multiply.h", "barrier();  // everybody's copies of this stage", ";  //"),
         *((), "K is wrong"),
     ),
     "a stage that is not waited for": (
-        *("multiply.h", "copy_async_wait<STAGES - 2>();", "copy_async_wait<STAGES - 1>();"),
+        *("blocks/multiply.h", "copy_async_wait<STAGES - 2>();", "copy_async_wait<STAGES - 1>();"),
         *((), "K is wrong"),
     ),
     "a wrong fragment index": (
-        *("multiply.h", "mn + (l / 8 % 2) * 8 + l % 8", "mn + (l / 16) * 8 + l % 8"),
+        *("blocks/multiply.h", "mn + (l / 8 % 2) * 8 + l % 8", "mn + (l / 16) * 8 + l % 8"),
         *((), "K is wrong"),
     ),
     "a barrier that not all threads reach": (
-        *("multiply.h", "barrier();  // shared memory is free", "if (thread() < 32) barrier();  //"),
+        *("blocks/multiply.h", "barrier();  // shared memory is free", "if (thread() < 32) barrier();  //"),
         *((), "no thread can go on"),
     ),
 }
@@ -77,42 +78,56 @@ CUDA_FAULTS = {
 # what is wrong: the file, the right text, the wrong text, when boxes are copied, what is reported
 HOPPER_FAULTS = {
     "a wrong leading offset": (
-        *("hopper.h", "leading = K_MAJOR ? 16 : BOX_BYTES", "leading = K_MAJOR ? 16 : 1024"),
+        *("gpu/hopper.h", "leading = K_MAJOR ? 16 : BOX_BYTES", "leading = K_MAJOR ? 16 : 1024"),
         *("late", "P is wrong"),
     ),
-    "a wrong stride offset": ("hopper.h", "stride = 1024", "stride = 512", "late", "P is wrong"),
-    "a wrong step along k": ("hopper.h", "(K_MAJOR ? 32 : 2048)", "(K_MAJOR ? 32 : 1024)", "late", "P is wrong"),
+    "a wrong stride offset": ("gpu/hopper.h", "stride = 1024", "stride = 512", "late", "P is wrong"),
+    "a wrong step along k": ("gpu/hopper.h", "(K_MAJOR ? 32 : 2048)", "(K_MAJOR ? 32 : 1024)", "late", "P is wrong"),
     "a full stage that is not waited for": (
-        *("hopper_multiply.h", "mbarrier_wait(full(place.stage), place.phase);\n    pin", "pin"),
+        *("blocks/hopper_multiply.h", "mbarrier_wait(full(place.stage), place.phase);\n    pin", "pin"),
         *("late", "more arrivals at an mbarrier"),
     ),
     "a stage that is filled while it is read": (
-        *("hopper_multiply.h", "mbarrier_wait(empty(place.stage), place.phase ^ 1);\n      mbarrier", "mbarrier"),
+        *(
+            "blocks/hopper_multiply.h",
+            "mbarrier_wait(empty(place.stage), place.phase ^ 1);\n      mbarrier",
+            "mbarrier",
+        ),
         *("early", "no thread can go on"),
     ),
     "a stage that is given back before it has been read": (
-        *("hopper_multiply.h", "wgmma_wait<1>();", "wgmma_wait<2>();"),
+        *("blocks/hopper_multiply.h", "wgmma_wait<1>();", "wgmma_wait<2>();"),
         *("early", "P is wrong"),
     ),
     "a product that is not waited for": (
-        *("hopper_multiply.h", "wgmma_wait<0>();", "wgmma_wait<1>();"),
+        *("blocks/hopper_multiply.h", "wgmma_wait<0>();", "wgmma_wait<1>();"),
         *("late", "P is wrong"),
     ),
-    "a product without a fence": ("hopper_multiply.h", "wgmma_fence();", "", "late", "wgmma without wgmma_fence"),
+    "a product without a fence": (
+        "blocks/hopper_multiply.h",
+        "wgmma_fence();",
+        "",
+        "late",
+        "wgmma without wgmma_fence",
+    ),
     "a wrong phase": (
-        *("hopper_multiply.h", "place.phase ^ 1);\n      mbarrier", "place.phase);\n      mbarrier"),
+        *("blocks/hopper_multiply.h", "place.phase ^ 1);\n      mbarrier", "place.phase);\n      mbarrier"),
         *("late", "no thread can go on"),
     ),
     "a wrong number of bytes": (
-        *("hopper_multiply.h", "mbarrier_arrive_expect(arrived, stage_bytes)", "mbarrier_arrive_expect(arrived, 1024)"),
+        *(
+            "blocks/hopper_multiply.h",
+            "mbarrier_arrive_expect(arrived, stage_bytes)",
+            "mbarrier_arrive_expect(arrived, 1024)",
+        ),
         *("late", "no thread can go on"),
     ),
     "a block of the cluster that is not asked": (
-        *("hopper_multiply.h", "CLUSTER * Team::threads / 32", "Team::threads / 32"),
+        *("blocks/hopper_multiply.h", "CLUSTER * Team::threads / 32", "Team::threads / 32"),
         *("late", "no thread can go on"),
     ),
     "a part of the cluster's boxes in the wrong place": (
-        *("hopper_multiply.h", "const int part = K / CLUSTER * rank;", "const int part = 0;"),
+        *("blocks/hopper_multiply.h", "const int part = K / CLUSTER * rank;", "const int part = 0;"),
         *("late", "P is wrong"),
     ),
 }
@@ -121,7 +136,7 @@ HOPPER_FAULTS = {
 def with_fault(folder: pathlib.Path, file: str, right: str, wrong: str) -> pathlib.Path:
     """A copy of the kernels."""
     source = folder / "csrc"
-    shutil.copytree(ROOT / "csrc", source)
+    shutil.copytree(SOURCES, source)
     text = (source / file).read_text()
     assert text.count(right) == 1, f"{file} has changed: plant the fault anew"
     (source / file).write_text(text.replace(right, wrong))

@@ -1,4 +1,4 @@
-"""The choice of route and backend, and the costs that ``plan`` predicts against what PyTorch allocates and moves."""
+"""The costs that ``plan`` predicts, against what PyTorch allocates and moves."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from barlow_fused import backends, barlow_twins_loss, configure, cost, devices
+from barlow_fused import backends, barlow_twins_loss, configure
 from barlow_fused.backends import torch_backend
-from barlow_fused.network import Network
+from barlow_fused.backends.operations import Weights
 from barlow_fused.normalization import CONVENTIONS
-from barlow_fused.plan import Plan, choose_backend, choose_route, configured, plan
+from barlow_fused.planning import cost, devices
+from barlow_fused.planning.network import Network
+from barlow_fused.planning.plan import Plan, plan
 from benchmarks.peers import usual_loss
 
 H200 = devices.KNOWN["h200"]
@@ -27,93 +29,6 @@ def _nothing_set(monkeypatch):
     monkeypatch.delenv("BARLOW_FUSED_BACKEND", raising=False)
     with configure():
         yield
-
-
-# The choice
-
-
-@pytest.mark.parametrize(
-    ("n", "d", "route"),
-    [(1024, 2048, "gram"), (1025, 2048, "direct"), (1024, 2047, "direct"), (2, 4, "gram"), (2, 3, "direct")],
-)
-def test_the_gram_route_is_taken_up_to_n_equal_to_half_of_d(n, d, route):
-    assert choose_route("auto", n, d) == route
-    assert plan(n, d, device="h200").route == route
-
-
-def test_an_argument_beats_configure_which_beats_the_environment(monkeypatch):
-    assert choose_route("auto", 2, 100) == "gram"
-    monkeypatch.setenv("BARLOW_FUSED_ROUTE", "direct")
-    assert choose_route("auto", 2, 100) == "direct"
-    assert "BARLOW_FUSED_ROUTE" in plan(2, 100, device="h200").why
-    with configure(route="gram"):
-        assert choose_route("auto", 100, 2) == "gram"
-        assert "configure" in plan(100, 2, device="h200").why
-        assert choose_route("direct", 2, 100) == "direct"
-        assert "argument" in plan(2, 100, device="h200", route="direct").why
-    with configure(route="auto"):  # back to the rule, whatever the environment says
-        assert choose_route("auto", 2, 100) == "gram"
-        assert "N <= D/2" in plan(2, 100, device="h200").why
-    assert choose_route("auto", 2, 100) == "direct"
-
-
-def test_the_same_holds_for_backends(monkeypatch):
-    cpu = torch.device("cpu")
-    assert choose_backend("auto", cpu) == "torch"
-    monkeypatch.setenv("BARLOW_FUSED_BACKEND", "reference")
-    assert choose_backend("auto", cpu) == "reference"
-    with configure(backend="torch"):
-        assert choose_backend("auto", cpu) == "torch"
-        assert choose_backend("reference", cpu) == "reference"
-    assert choose_backend("auto", cpu) == "reference"
-
-
-def test_a_measured_table_decides_what_auto_takes(monkeypatch):
-    """The last row that the input reaches, of its backends the first that can run; PyTorch where there is none."""
-    gpu, half = torch.device("cuda", 0), torch.bfloat16
-    rows = (backends.Measured(64, 1024, ("triton", "torch")), backends.Measured(512, 8192, ("cuda", "triton")))
-    monkeypatch.setattr(backends, "FASTEST", {((9, 0), half): rows})
-    monkeypatch.setattr(backends, "why_unusable", lambda name, *_: "not built" if name == missing else None)
-    missing = None
-    assert backends.fastest(gpu, half, (9, 0), (32, 8192)) == "torch"
-    assert backends.fastest(gpu, half, (9, 0), (256, 8192)) == "triton"
-    assert backends.fastest(gpu, half, (9, 0), (512, 8192)) == "cuda"
-    assert backends.fastest(gpu, torch.float32, (9, 0), (512, 8192)) == "torch"
-    assert backends.fastest(gpu, half, (8, 0), (512, 8192)) == "torch"
-    assert backends.fastest(torch.device("cpu"), half, None, (512, 8192)) == "torch"
-    missing = "cuda"
-    assert backends.fastest(gpu, half, (9, 0), (512, 8192)) == "triton"
-
-
-def test_configure_sets_from_now_on_and_nests():
-    configure(backend="reference")
-    assert configured() == {"backend": "reference"}
-    with configure(route="direct"):
-        with configure(route="gram", backend="torch"):
-            assert configured() == {"route": "gram", "backend": "torch"}
-        assert configured() == {"route": "direct", "backend": "reference"}
-        with pytest.raises(ZeroDivisionError), configure(route="gram"):
-            _ = 1 / 0
-        assert configured() == {"route": "direct", "backend": "reference"}
-    assert configured() == {"backend": "reference"}
-
-
-def test_a_wrong_setting_changes_nothing(monkeypatch):
-    with pytest.raises(ValueError, match=r"backend must be one of .*'torch'.* got 'fast'"):
-        configure(route="gram", backend="fast")
-    assert configured() == {}
-    with pytest.raises(ValueError, match="route must be one of 'auto', 'gram', 'direct', got 'dual'"):
-        configure(route="dual")
-    monkeypatch.setenv("BARLOW_FUSED_ROUTE", "dual")
-    with pytest.raises(ValueError, match="BARLOW_FUSED_ROUTE must be one of"):
-        choose_route("auto", 2, 100)
-
-
-def test_the_reference_knows_only_the_direct_route():
-    assert choose_route("auto", 2, 100, "reference") == "direct"
-    assert plan(2, 100, device="h200", backend="reference").route == "direct"
-    with pytest.raises(ValueError, match="route='gram' cannot run with backend='reference'"):
-        plan(2, 100, device="h200", route="gram", backend="reference")
 
 
 # The costs
@@ -235,7 +150,7 @@ def test_the_triton_backend_allocates_what_is_predicted(n, d, route, dtype):
         terms, product = (ops.gram if route == "gram" else ops.correlate)(x, 0.0051, 1.0, True)
         launches.clear()
         x = ops.Normalized.from_saved(z_a, z_b, convention, x.saved())
-        grads = ops.input_grad(x, product, route, backends.Weights(terms[0], None, None, 0.0051, 1.0), (True, True))
+        grads = ops.input_grad(x, product, route, Weights(terms[0], None, None, 0.0051, 1.0), (True, True))
     made = plan(n, d, dtype, device="h200", route=route, backend="triton")
     assert traced.peak - sum(g.nbytes for g in grads) == pytest.approx(made.fused.peak_memory, rel=0.001, abs=2048)
 

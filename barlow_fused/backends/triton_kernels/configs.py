@@ -28,7 +28,7 @@ benchmarks.kernels`` prints registers, spills and shared memory; with Triton 3.9
 
 ``BARLOW_FUSED_TRITON_AUTOTUNE=1`` lets Triton measure num_warps and num_stages of the four products instead, once for
 each shape and dtype. That takes longer than a first call without it, and cannot happen while a CUDA graph is captured.
-tests/test_triton_compile.py compiles the table: tensor cores, no spills, shared memory within the limit.
+tests/kernels/test_triton_compile.py compiles the table: tensor cores, no spills, shared memory within the limit.
 """
 
 from __future__ import annotations

@@ -16,8 +16,9 @@ import pytest
 
 from barlow_fused import nvcc
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+needs_nvcc = pytest.mark.skipif(nvcc.why_not(nvcc.find()) is not None, reason="needs nvcc of CUDA 12.8 or newer")
 PYTHON = f"-DPython_EXECUTABLE={sys.executable}"
 
 
@@ -48,8 +49,25 @@ def emulated(sanitize: bool = False) -> pathlib.Path:
     if tool("c++") is None:
         pytest.skip("needs a C++ compiler")
     folder = ROOT / "build" / ("emulated-sanitized" if sanitize else "emulated")
+    made = folder / f"_cuda_emulated{SUFFIX}"
+    if _is_newer(made):
+        return made
     cmake(ROOT, folder, "-DBARLOW_EMULATION=ON", f"-DBARLOW_SANITIZE={'ON' if sanitize else 'OFF'}")
-    return folder / f"_cuda_emulated{SUFFIX}"
+    return made
+
+
+def _is_newer(made: pathlib.Path) -> bool:
+    """Than all that it is made of, so that CMake, which takes seconds to say so, need not be asked."""
+    sources = [ROOT / "CMakeLists.txt", *(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
+    return made.exists() and all(made.stat().st_mtime > path.stat().st_mtime for path in sources)
+
+
+def sanitizers() -> dict[str, str]:
+    """The environment of a process that loads the sanitized kernels."""
+    names = ("libasan.so", "libubsan.so")
+    ask = [[tool("c++"), f"-print-file-name={name}"] for name in names]
+    paths = [subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() for command in ask]
+    return {"LD_PRELOAD": " ".join(paths), "ASAN_OPTIONS": "detect_leaks=0"}
 
 
 @functools.cache

@@ -1,11 +1,7 @@
-"""The build: what pip makes with and without nvcc, and what nvcc makes of the kernels.
-
-pip's part is tested on a copy whose kernels are two empty ones: how long a build takes does not matter to it.
-"""
+"""What pip makes with and without nvcc, on a copy of the project whose kernels are two empty ones."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import pathlib
 import re
@@ -14,16 +10,12 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Iterator
 
 import builds
 import pytest
-
-from barlow_fused import nvcc
+from builds import needs_nvcc
 
 ROOT = builds.ROOT
-HAS_NVCC = nvcc.why_not(nvcc.find()) is None
-needs_nvcc = pytest.mark.skipif(not HAS_NVCC, reason="needs nvcc of CUDA 12.8 or newer")
 BINDINGS = """
 #include <pybind11/pybind11.h>
 PYBIND11_MODULE(BARLOW_MODULE, module) { module.attr("architectures") = BARLOW_ARCHITECTURES; }
@@ -40,8 +32,11 @@ def tree(tmp_path):
     (copy / "csrc").mkdir()
     (copy / "csrc" / "bindings.cpp").write_text(BINDINGS)
     (copy / "csrc" / "kernels.h").write_text("")
-    (copy / "csrc" / "one.cu").write_text("__global__ void one() {}\n")
-    (copy / "csrc" / "hopper_one.cu").write_text('__global__ void two() { asm("wgmma.fence.sync.aligned;"); }\n')
+    (copy / "csrc" / "kernels").mkdir()
+    (copy / "csrc" / "kernels" / "one.cu").write_text("__global__ void one() {}\n")
+    (copy / "csrc" / "kernels" / "hopper_one.cu").write_text(
+        '__global__ void two() { asm("wgmma.fence.sync.aligned;"); }\n'
+    )
     return copy
 
 
@@ -94,6 +89,7 @@ def extensions(path: pathlib.Path) -> list[str]:
     return [name for name in names if name.endswith(".so")]
 
 
+@pytest.mark.kernels
 @needs_nvcc
 def test_an_isolated_build_has_the_extension(tree):
     """pip brings CMake, Ninja and pybind11; nvcc is this machine's."""
@@ -143,6 +139,7 @@ def test_a_compiler_that_is_unwanted_or_does_not_work_is_no_obstacle(tree, tmp_p
     assert extensions(made) == []
 
 
+@pytest.mark.kernels
 @needs_nvcc
 def test_an_editable_install_compiles_beside_the_sources(tree, tmp_path):
     done = pip(
@@ -158,78 +155,4 @@ def test_the_source_distribution_has_what_the_build_needs(tree):
     (made,) = (tree / "dist").glob("*.tar.gz")
     with tarfile.open(made) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"setup.py", "CMakeLists.txt", "csrc/bindings.cpp", "csrc/one.cu", "barlow_fused/nvcc.py"} <= names
-
-
-# What nvcc makes of the kernels. Triton's wheel has the tools that read it.
-
-ARCHITECTURES = ("sm_80", "sm_90", "sm_90a", "sm_100")
-
-
-def dump(*arguments: str) -> Iterator[str]:
-    """The lines that cuobjdump prints about the extension."""
-    module, _ = builds.compiled()
-    tools = [os.environ["PATH"]]
-    triton = importlib.util.find_spec("triton")
-    if triton is not None:
-        tools.append(str(pathlib.Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
-    path = os.pathsep.join(tools)
-    cuobjdump = shutil.which("cuobjdump", path=path)
-    if cuobjdump is None:
-        pytest.skip("needs cuobjdump, of CUDA or of the package triton")
-    environment = {**os.environ, "PATH": path}
-    with subprocess.Popen([cuobjdump, *arguments, module], env=environment, stdout=subprocess.PIPE, text=True) as run:
-        yield from run.stdout
-    assert run.returncode == 0
-
-
-@needs_nvcc
-def test_no_kernel_spills_or_keeps_anything_in_local_memory():
-    """Registers that do not suffice are spilled to the stack, as is an array whose index the compiler does not know."""
-    architecture, name, kernels = "", "", dict.fromkeys(ARCHITECTURES, 0)
-    for line in dump("--dump-resource-usage"):
-        if line.startswith("arch = "):
-            architecture = line.split()[-1]
-        elif line.startswith(" Function "):
-            name = line.split()[-1].rstrip(":")
-        elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", line):
-            assert match.group(2, 3) == ("0", "0"), f"{name} on {architecture}: {line}"
-            kernels[architecture] += 1
-    assert kernels["sm_80"] == kernels["sm_90"] == kernels["sm_100"] >= 10
-    assert kernels["sm_90a"] >= 4  # those of hopper_*.cu
-
-
-def instructions(architecture: str, wanted: str) -> dict[str, set[str]]:
-    """Of every kernel, those of the wanted instructions that it has."""
-    name, found = "", {}
-    for line in dump("-sass", "-arch", architecture):
-        if line.lstrip().startswith("Function :"):
-            name = line.split()[-1]
-            found[name] = set()
-        elif match := re.search(rf"\b({wanted})\b", line):
-            found[name].add(match[1])
-    return found
-
-
-PRODUCTS = r"(Gram|Correlate|PartialGram|GramGrad|DirectGrad)Kernel"
-
-
-@needs_nvcc
-def test_products_are_on_tensor_cores():
-    found = {name: has for name, has in instructions("sm_80", "HMMA").items() if re.search(PRODUCTS, name)}
-    assert len(found) >= 10
-    assert [name for name, has in found.items() if not has] == []
-
-
-@needs_nvcc
-def test_hopper_kernels_multiply_by_wgmma_and_load_by_tma():
-    found = {name: has for name, has in instructions("sm_90a", "HGMMA|UTMALDG").items() if "hopper" in name.lower()}
-    assert found
-    assert [name for name, has in found.items() if has != {"HGMMA", "UTMALDG"}] == []
-
-
-@needs_nvcc
-def test_two_builds_load_into_one_process():
-    """Each module knows its own types: the real one is imported where the tests load the emulated one."""
-    for path in (builds.compiled()[0], builds.emulated()):
-        assert builds.load(path).plan_normalize
+    assert {"setup.py", "CMakeLists.txt", "csrc/bindings.cpp", "csrc/kernels/one.cu", "barlow_fused/nvcc.py"} <= names

@@ -1,14 +1,16 @@
-"""What every process of tests/test_train_resume.py's several-process test runs, under torchrun:
+"""What test_train_resume.py compares with single processes: a training run after the other in two processes.
 
-    torchrun --standalone --nproc-per-node 2 tests/train_processes.py FOLDER
+    python tests/support/train_processes.py FOLDER
 
-One training run after the other, each into a folder of its own; without evaluation, but for the first.
+Each writes into a folder of its own; without evaluation, but for the first.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+
+import forked
 
 from barlow_fused.train import evaluate, main, processes, trainer
 
@@ -30,13 +32,18 @@ def train(folder: Path, name: str, *flags: str) -> None:
     assert main([*COMMON, *RUNS[name], *flags, "--out", str(folder / name)]) == 0
 
 
-if __name__ == "__main__":
+def train_all(folder: Path) -> None:
+    """One run after the other, with the same processes."""
     evaluate.DRAWS = 1
-    processes.stop = lambda: None  # the next run goes on with the same processes
-    folder = Path(sys.argv[1])
+    stop, processes.stop = processes.stop, lambda: None
     for name in RUNS:
         train(folder, name)
         for method in ("look", "accuracy", "pixels", "draw", "knn"):
             setattr(trainer.Monitor, method, lambda self: None)
     assert main([*COMMON, *RUNS["fused"], "--steps", "4", "--out", str(folder / "resumed")]) == 0
     assert main(["--resume", str(folder / "resumed"), "--steps", "6"]) == 0
+    stop()  # a process that ends while Gloo's threads run may be aborted
+
+
+if __name__ == "__main__":
+    forked.run(2, train_all, Path(sys.argv[1]))

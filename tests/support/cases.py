@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import NamedTuple
 
 import torch
@@ -54,7 +55,19 @@ def views(n: int, d: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
 def oracle(
     z_a: Tensor, z_b: Tensor, normalization: Normalization | None = CONVENTIONS["batch_norm"], **kwargs
 ) -> Answer:
-    """The plain implementation's answer in float64, by autograd."""
+    """The plain implementation's answer in float64, by autograd; the last one is kept for the next route."""
+    inputs = tuple(hashlib.sha256(z.detach().cpu().contiguous().view(torch.uint8).numpy()).digest() for z in (z_a, z_b))
+    key = (*inputs, z_a.shape, z_a.dtype, normalization, tuple(kwargs.items()))
+    if key not in _answers:
+        _answers.clear()
+        _answers[key] = _oracle(z_a, z_b, normalization, **kwargs)
+    return _answers[key]
+
+
+_answers: dict[tuple, Answer] = {}
+
+
+def _oracle(z_a: Tensor, z_b: Tensor, normalization: Normalization | None, **kwargs) -> Answer:
     a, b = (z.detach().double().cpu().requires_grad_() for z in (z_a, z_b))
     terms = reference_loss(a, b, normalization=normalization, **kwargs)
     return Answer(*(t.detach() for t in terms), *torch.autograd.grad(terms.loss, (a, b)))

@@ -1,0 +1,98 @@
+"""What a call takes, stated and checked once: the local loss, the distributed one and the module share it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from numbers import Real
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .normalization import Normalization
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+
+    Group = dist.ProcessGroup | DeviceMesh | str
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+GRADIENTS = ("official", "lightly")
+STATISTICS = ("global", "local")
+REDUCE_DTYPES = (None, torch.float32, torch.float64, torch.bfloat16)
+
+
+@dataclasses.dataclass(eq=False)
+class Options:
+    """Everything about a call that is not a tensor, as the user gave it; barlow_twins_loss documents each."""
+
+    lambd: float = 0.0051
+    scale: float = 1.0
+    normalization: str | Normalization = "batch_norm"
+    eps: float | None = None
+    route: str = "auto"
+    backend: str = "auto"
+    return_terms: bool = False
+    group: Group | None = None
+    gradient: str | None = None
+    statistics: str = "global"
+    reduce_dtype: torch.dtype | None = None
+
+
+def check_group_options(options: Options) -> None:
+    """Whether what is said about several processes is acceptable, whatever the tensors are."""
+    gradient, statistics, reduce_dtype = options.gradient, options.statistics, options.reduce_dtype
+    if gradient is not None and gradient not in GRADIENTS:
+        raise ValueError(f"gradient must be {' or '.join(map(repr, GRADIENTS))}, got {gradient!r}")
+    if statistics not in STATISTICS:
+        raise ValueError(f"statistics must be {' or '.join(map(repr, STATISTICS))}, got {statistics!r}")
+    if reduce_dtype not in REDUCE_DTYPES:
+        raise ValueError(f"reduce_dtype must be {', '.join(map(str, REDUCE_DTYPES))}, got {reduce_dtype!r}")
+    if options.group is not None and gradient is None:
+        raise ValueError(
+            "with a group, gradient must be given: 'official' (dL/dz of this rank's samples; DDP's average is then 1/P "
+            "of the gradient of L) or 'lightly' (P times that; DDP's average is then the gradient of L)"
+        )
+    if isinstance(options.group, str) and options.group != "world":
+        raise ValueError(
+            f"group must be a process group, a one-dimensional DeviceMesh or 'world', got {options.group!r}"
+        )
+
+
+def check_inputs(z_a: Tensor, z_b: Tensor, min_samples: int = 2) -> None:
+    """Two views' projector outputs, (N, D), of one shape, dtype and device."""
+    for name, z in (("z_a", z_a), ("z_b", z_b)):
+        if not isinstance(z, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(z).__name__}")
+        if z.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {z.dtype}")
+        if z.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense (strided) tensor, got layout {z.layout}")
+        if z.dim() != 2:
+            raise ValueError(f"{name} must be 2-D, (samples N, features D), got shape {tuple(z.shape)}")
+    if z_a.shape != z_b.shape:
+        raise ValueError(f"z_a and z_b must have the same shape, got {tuple(z_a.shape)} and {tuple(z_b.shape)}")
+    if z_a.dtype != z_b.dtype:
+        raise TypeError(f"z_a and z_b must have the same dtype, got {z_a.dtype} and {z_b.dtype}")
+    if z_a.device != z_b.device:
+        raise ValueError(f"z_a and z_b must be on the same device, got {z_a.device} and {z_b.device}")
+    n, d = z_a.shape
+    if n < min_samples:
+        raise ValueError(
+            f"z_a and z_b must have at least {min_samples} samples (N >= {min_samples}), got N = {n}"
+            if min_samples > 1
+            else "z_a and z_b must have at least 1 sample on every rank, got 0"
+        )
+    if d < 1:
+        raise ValueError(f"z_a and z_b must have at least 1 feature (D >= 1), got D = {d}")
+
+
+def finite(name: str, value: float) -> float:
+    """A finite number, as a float."""
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
+        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)

@@ -1,0 +1,94 @@
+"""The loss over the batch of all ranks of a process group, exact, by either route.
+
+P ranks hold n_r samples each, N together. ``C = A_hat^T B_hat / N`` is a sum over samples, its Gram matrices
+``K = X_hat X_hat^T`` are sums over features, and each route shares its work accordingly:
+
+* **Gram, feature-sharded.** An all-to-all a view turns (n_r, D) into (N, D / P): a rank then has all samples of its
+  features, so their statistics, its part of c = diag(C) and its part of K are exact without asking anyone. K's lower
+  triangles and four scalars are summed over the ranks, every rank computes the gradient of its features, and an
+  all-to-all a view brings it back. D need not be divisible by P: shards differ in width, and nothing is padded.
+* **Direct.** Statistics are gathered and combined (Chan et al. 1979), C is summed over the ranks. The gradient needs no
+  communication.
+
+The route follows from the global N, so it is the same everywhere. What travels (a rank's share, size = the inputs'):
+
+                  Gram                                       direct
+    header        all_gather, 17 int64                       the same
+    inputs        2 all_to_all, n D size each                -
+    statistics    -                                          all_gather, 4 D float64 (statistics="global")
+    product       2 all_reduce, about N^2/2 float32 each     1 all_reduce, D^2 + D float32
+    scalars       all_reduce, 2 + 2 S float64 (S segments)   -
+    weights       in the backward pass: the gradients of the loss and its terms, all_reduce of 3 float64 ("lightly"),
+                  or of 3 a rank ("official", Gram only)
+    gradients     2 all_to_all, n D size each                -
+
+View b travels while view a's K is computed, K_a's sum while K_b is; in the backward pass view a's gradient while
+b's is computed. Half-precision inputs and gradients travel as they are. K and C are summed in float32, unless
+``reduce_dtype`` says otherwise (by itself K is summed in float64 for float64 inputs, and by the torch backend below 128
+samples, where it is small).
+
+Local work is done by a backend's operations on a part of a batch (backends/torch_partial.py says which these are): the
+torch backend's on every device, or the Triton backend's where it is asked for.
+
+**The header** is agreement.py: ranks that disagree, or of which one was given something invalid, all raise before
+anyone waits for data that never comes.
+
+**Which gradient** a rank gets is a matter of convention (``gradient``): see :func:`barlow_twins_loss`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..arguments import Options
+from ..function import without_autocast
+from ..reference import BarlowTwinsTerms
+from . import direct, gram
+from .agreement import agree
+from .part import Part
+
+ROUTES = {"gram": gram, "direct": direct}
+
+
+@torch.compiler.disable
+def apply(
+    z_a: Tensor,  # [n_r, D]
+    z_b: Tensor,  # [n_r, D]
+    options: Options,
+    group: dist.ProcessGroup,
+) -> BarlowTwinsTerms:
+    """The loss of all ranks' samples and its terms, the same on every rank, differentiable.
+
+    torch.compile does not look inside: its graph breaks here.
+    """
+    part = agree(z_a, z_b, options, group)
+    with without_autocast(z_a.device.type):
+        if part.needs != (False, False):
+            return BarlowTwinsTerms(*_DistributedFunction.apply(z_a, z_b, part))
+        return ROUTES[part.route].forward(z_a.detach(), z_b.detach(), part)[0]
+
+
+class _DistributedFunction(torch.autograd.Function):
+    """(z_a, z_b, part) -> (loss, on_diag, off_diag)."""
+
+    @staticmethod
+    def forward(ctx: Any, z_a: Tensor, z_b: Tensor, part: Part) -> tuple[Tensor, ...]:
+        terms, saved = ROUTES[part.route].forward(z_a, z_b, part)
+        ctx.save_for_backward(*saved)
+        ctx.set_materialize_grads(False)
+        ctx.part = part
+        return tuple(terms)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "barlow_twins_loss has no second derivative, and over several processes no create_graph=True"
+            )
+        part, saved = ctx.part, ctx.saved_tensors
+        with without_autocast(saved[0].device.type):
+            return *ROUTES[part.route].backward(saved, grads, part), None

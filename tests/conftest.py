@@ -1,0 +1,61 @@
+"""What a run of the tests is told on its command line."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+
+# Tests that share something that takes long: those in whose names one of these finds the same groups
+SHARING = (
+    r"test_on_every_rank",
+    r"test_torch_backend.*test_accuracy_over_shapes\[(.*)-(?:gram|direct)\]",
+    r"test_the_other_fails_where_a_rank",
+    r"test_train_resume.*test_two_processes",
+    r"test_train\.py::(?!test_two_steps)",
+)
+KINDS = ("compiled", "interpreter", "sanitized")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--kernels",
+        choices=KINDS,
+        default="compiled",
+        help="how tests/kernels runs the kernels on this CPU: CUDA's compiled for it (default), Triton's in the "
+        "interpreter, or CUDA's under the address and undefined-behaviour sanitizers (with --numprocesses)",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The environment of the workers, or of this process: before anything imports Triton.
+
+    Workers share the cores. What they give back stays with the allocator: page faults took a fifth of the time.
+    """
+    workers = config.getoption("numprocesses", None) or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    os.environ.setdefault("MALLOC_MMAP_MAX_", "0")
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**40))
+    if config.getoption("--kernels") == "interpreter":
+        os.environ["TRITON_INTERPRET"] = "1"
+    if config.getoption("--kernels") == "sanitized" and not hasattr(config, "workerinput"):
+        import builds
+
+        if not config.getoption("numprocesses", None):
+            raise pytest.UsageError("--kernels sanitized needs --numprocesses: the sanitizers start with a process")
+        os.environ.update(builds.sanitizers())
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Tests that share something that takes long run in one worker, where it is made once; all others as they come."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            for pattern in SHARING:
+                if match := re.search(pattern, nodeid):
+                    return f"{pattern}: {match.groups()}"
+            return nodeid
+
+    return Scheduling(config, log)
