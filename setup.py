@@ -29,14 +29,19 @@ class BuildByCMake(build_ext):
         if cmake is None:
             raise CompileError("cmake is needed to build the CUDA extension: pip install 'cmake>=3.24'")
         generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
-        # --fresh: compilers and Python may have moved since, as they do from one isolated build to the next
-        configure = [cmake, "--fresh", "-S", ROOT, "-B", folder, f"-DPython_EXECUTABLE={sys.executable}", *generator]
-        for command in (configure, [cmake, "--build", folder, "--parallel"]):
-            if subprocess.run(command).returncode:
-                raise CompileError("the CUDA extension cannot be built: cmake's messages above say why")
+        configure = [cmake, "-S", ROOT, "-B", folder, f"-DPython_EXECUTABLE={sys.executable}", *generator]
+        if subprocess.run(configure, capture_output=True).returncode:
+            # compilers and Python may have moved since, as they do from one isolated build to the next
+            _run([*configure, "--fresh"])
+        _run([cmake, "--build", folder, "--parallel"])
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(folder / Path(self.get_ext_filename(ext.name)).name, target)
+
+
+def _run(command: list) -> None:
+    if subprocess.run(command).returncode:
+        raise CompileError("the CUDA extension cannot be built: cmake's messages above say why")
 
 
 def _tool(name: str) -> str | None:

@@ -19,7 +19,7 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_90a", "sm_100")
 
 def dump(*arguments: str) -> Iterator[str]:
     """The lines that cuobjdump prints about the extension."""
-    module, _ = builds.compiled()
+    module = builds.compiled()
     tools = [os.environ["PATH"]]
     triton = importlib.util.find_spec("triton")
     if triton is not None:
@@ -82,5 +82,5 @@ def test_hopper_kernels_multiply_by_wgmma_and_load_by_tma():
 @needs_nvcc
 def test_two_builds_load_into_one_process():
     """Each module knows its own types: the real one is imported where the tests load the emulated one."""
-    for path in (builds.compiled()[0], builds.emulated()):
+    for path in (builds.compiled(), builds.emulated()):
         assert builds.load(path).plan_normalize

@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from cases import NORMALIZATIONS, ROUTES, answer, assert_close, views
+from cases import NORMALIZATIONS, ROUTES, answer, assert_close, error, oracle, views
 
 from barlow_fused.backends import triton_backend, why_unusable
 from barlow_fused.backends.triton_kernels import configs
@@ -49,7 +49,9 @@ def test_tensor_descriptors(fused, n, d, dtype, route, monkeypatch):
     monkeypatch.setattr(configs, "TMA_MIN_ELEMENTS", 0)
     got = answer(fused(route=route), z_a, z_b)
     assert made
-    assert_close(got, z_a, z_b, BATCH_NORM)
+    ref = oracle(z_a, z_b)
+    tolerance = 2e-6 if dtype == torch.float32 else 1e-2  # so few halves are rounded that it does not average out
+    assert all(error(x, y) < tolerance for x, y in zip(got, ref, strict=True))
 
 
 @pytest.mark.parametrize("route", ROUTES)

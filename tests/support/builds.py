@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import importlib.util
+import os
 import pathlib
 import shutil
 import subprocess
@@ -27,20 +28,22 @@ def tool(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
 
 
-def cmake(source: pathlib.Path, folder: pathlib.Path, *options: str) -> str:
-    """Configures and builds; what CMake printed, where it failed the test with it."""
+def cmake(folder: pathlib.Path, module: str, *options: str) -> pathlib.Path:
+    """A module, built in ``folder`` unless it is newer than all that it is made of."""
+    made = folder / f"{module}{SUFFIX}"
     ninja = tool("ninja")
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
-    configure = [tool("cmake"), "--fresh", "-S", source, "-B", folder, PYTHON, *generator, *options]
+    configure = [tool("cmake"), "-S", ROOT, "-B", folder, PYTHON, *generator, *options]
+    plain = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # no sanitized compiler
     folder.mkdir(parents=True, exist_ok=True)
-    printed = ""
     with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another run of the tests may be at it
-        for command in (configure, [tool("cmake"), "--build", folder, "--parallel"]):
-            done = subprocess.run(command, capture_output=True, text=True)
-            printed += done.stdout + done.stderr
-            assert done.returncode == 0, printed[-6000:]
-    return printed
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another worker may be at it
+        if not _is_newer(made):
+            for command in (configure, [tool("cmake"), "--build", folder, "--parallel"]):
+                done = subprocess.run(command, env=plain, capture_output=True, text=True)
+                assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+            made.touch()  # also where a change made no difference
+    return made
 
 
 @functools.cache
@@ -49,15 +52,11 @@ def emulated(sanitize: bool = False) -> pathlib.Path:
     if tool("c++") is None:
         pytest.skip("needs a C++ compiler")
     folder = ROOT / "build" / ("emulated-sanitized" if sanitize else "emulated")
-    made = folder / f"_cuda_emulated{SUFFIX}"
-    if _is_newer(made):
-        return made
-    cmake(ROOT, folder, "-DBARLOW_EMULATION=ON", f"-DBARLOW_SANITIZE={'ON' if sanitize else 'OFF'}")
-    return made
+    sanitizers = f"-DBARLOW_SANITIZE={'ON' if sanitize else 'OFF'}"
+    return cmake(folder, "_cuda_emulated", "-DBARLOW_EMULATION=ON", sanitizers)
 
 
 def _is_newer(made: pathlib.Path) -> bool:
-    """Than all that it is made of, so that CMake, which takes seconds to say so, need not be asked."""
     sources = [ROOT / "CMakeLists.txt", *(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
     return made.exists() and all(made.stat().st_mtime > path.stat().st_mtime for path in sources)
 
@@ -71,14 +70,12 @@ def sanitizers() -> dict[str, str]:
 
 
 @functools.cache
-def compiled() -> tuple[pathlib.Path, str]:
-    """The module of kernels for GPUs, in setup.py's folder, and what the build printed."""
+def compiled() -> pathlib.Path:
+    """The module of kernels for GPUs, in setup.py's folder."""
     reason = nvcc.why_not(nvcc.find())
     if reason is not None:
         pytest.skip(f"needs nvcc: {reason}")
-    folder = ROOT / "build" / f"cuda-{sysconfig.get_config_var('SOABI')}"
-    printed = cmake(ROOT, folder)
-    return folder / f"_cuda{SUFFIX}", printed
+    return cmake(ROOT / "build" / f"cuda-{sysconfig.get_config_var('SOABI')}", "_cuda")
 
 
 def load(path: pathlib.Path) -> ModuleType:
