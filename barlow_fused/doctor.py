@@ -158,6 +158,6 @@ def _driver_version() -> str | None:
 
 def _extension() -> str:
     """What the CUDA kernels are compiled for, or why there are none."""
-    cuda = backends.load("cuda")
+    cuda = backends.load("cuda", torch.device("cuda"))
     reason = cuda.why_no_extension()
     return reason or f"built with CUDA {cuda.extension().cuda_version} for {cuda.extension().architectures}"

@@ -164,7 +164,7 @@ def _backward_op(z_a, z_b, saved, g_loss, g_on, g_off, need_a, need_b, *spec):
 
 def forward(z_a: Tensor, z_b: Tensor, need_grad: bool, spec: Spec) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """loss, on_diag, off_diag, and what the backward pass needs (nothing where no gradient is wanted)."""
-    ops = backends.load(spec.backend)
+    ops = backends.load(spec.backend, z_a.device)
     with without_autocast(z_a.device.type):
         x = ops.normalize(z_a, z_b, spec.normalization)
         reduce = ops.gram if spec.route == "gram" else ops.correlate
@@ -176,7 +176,7 @@ def forward(z_a: Tensor, z_b: Tensor, need_grad: bool, spec: Spec) -> tuple[Tens
 def _(z_a: Tensor, z_b: Tensor, need_grad: bool, *spec: str | float):
     backend, route, normalization, _, _ = _resolve(_unflatten(*spec), z_a)
     terms = (z_a.new_empty((), dtype=torch.promote_types(z_a.dtype, torch.float32)) for _ in range(3))
-    return *terms, backends.load(backend).empty_saved(z_a, route, normalization) if need_grad else []
+    return *terms, backends.load(backend, z_a.device).empty_saved(z_a, route, normalization) if need_grad else []
 
 
 def backward(
@@ -191,7 +191,7 @@ def backward(
     spec: Spec,
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients with respect to z_a and z_b; None in place of one that is not needed."""
-    ops = backends.load(spec.backend)
+    ops = backends.load(spec.backend, z_a.device)
     product, *rest = saved
     with without_autocast(z_a.device.type):
         x = ops.Normalized.from_saved(z_a, z_b, spec.normalization, rest)
@@ -206,6 +206,6 @@ def _(z_a: Tensor, z_b: Tensor, saved: list[Tensor], g_loss, g_on, g_off, need_a
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
     """The operations choose their own precision: autocast must not change it inside them."""
-    if torch.is_autocast_enabled(device_type):
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()

@@ -70,7 +70,12 @@ class Normalization:
 
     def remainder(self, rstd: Tensor) -> Tensor:  # [D] -> [D]
         """1 - kappa * mean_n(z_hat^2): how much of a gradient along z_hat itself passes through the normalisation."""
-        return self.eps * rstd * rstd if self.eps_added_to == "variance" else self.eps * rstd
+        return self.eps * rstd**self.remainder_power
+
+    @property
+    def remainder_power(self) -> int:
+        """``remainder`` is eps times this power of rstd."""
+        return 2 if self.eps_added_to == "variance" else 1
 
 
 CONVENTIONS: dict[str, Normalization | None] = {

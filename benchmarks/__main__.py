@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from barlow_fused.backends import accelerator
+
 from . import compare, machine, report, results
 from .accuracy import TOLERANCES
 from .peers import LAMBD, choose_peers
@@ -168,7 +170,7 @@ def _asked(args: argparse.Namespace) -> dict[str, Any]:
         "memory": not args.no_memory,
         "lambd": LAMBD,
         "tolerances": {"loss": loss_limit, "gradient": grad_limit},
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "float32_matmul_precision": "high" if accelerator.tf32() else "highest",
         "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith("BARLOW_FUSED_")},
     }
 

@@ -34,7 +34,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from barlow_fused.backends import triton_backend
+from barlow_fused.backends import accelerator, triton_backend
 from barlow_fused.backends.operations import Weights
 from barlow_fused.backends.triton_kernels import configs
 from barlow_fused.normalization import CONVENTIONS, Normalization
@@ -142,7 +142,7 @@ def recorded(arch: int, precision: str = "highest", multiprocessors: int = 132):
             (configs, "architecture", arch),
             (configs, "multiprocessors", multiprocessors),
             (configs, "has_tma", arch >= 90),
-            (torch, "get_float32_matmul_precision", precision),
+            (accelerator, "tf32", precision != "highest"),
         ):
             stack.enter_context(mock.patch.object(owner, name, return_value=value))
         yield launches

@@ -10,7 +10,7 @@ import pytest
 # Tests that share something that takes long: those in whose names one of these finds the same groups
 SHARING = (
     r"test_on_every_rank",
-    r"test_torch_backend.*test_accuracy_over_shapes\[(.*)-(?:gram|direct)\]",
+    r"test_torch_backend.*test_accuracy_over_shapes\[(?:slabs|whole)-(.*)-(?:gram|direct)\]",
     r"test_the_other_fails_where_a_rank",
     r"test_train_resume.*test_two_processes",
     r"test_train\.py::(?!test_two_steps)",

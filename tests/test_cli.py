@@ -135,7 +135,7 @@ def test_doctor_describes_a_machine_with_gpus():
 
 
 def test_doctor_says_what_the_extension_is_built_for(monkeypatch):
-    cuda = backends.load("cuda")
+    cuda = backends.load("cuda", torch.device("cuda"))
     built = types.SimpleNamespace(cuda_version="13.0.88", architectures="sm_80 sm_90a", emulated=False)
     try:
         cuda.use(built)

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from cases import NORMALIZATIONS, ROUTES, answer, error, oracle, views
+from cases import NORMALIZATIONS, ROUTES, answer, error, inductor, oracle, views
 
 import barlow_fused
 from barlow_fused import (
@@ -207,6 +207,7 @@ def test_compile_without_graph_breaks(route, normalization):
     assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
 
 
+@inductor
 def test_compile_by_inductor_with_a_model_around():
     torch.manual_seed(0)
     model = torch.nn.Linear(20, D)

@@ -5,8 +5,9 @@ Each backend is a module with the four operations of operations.py.
 A backend that also works over several processes has a second file, ``<name>_partial.py``, with what can be computed of
 one rank's part of a batch (``torch_partial.py`` says what that is).
 
-``torch_backend.py`` has the four in plain sight. Nothing else in the package knows which backend runs. ``"reference"``
-is not among them: it is plain differentiable PyTorch (``reference.py``), and takes no route but its own.
+``"torch"`` is two such modules, by the device: ``torch_slabs.py`` cuts a call for a CPU's caches, ``torch_whole.py``
+keeps it whole for accelerators. Nothing else in the package knows which backend runs. ``"reference"`` is not among
+them: it is plain differentiable PyTorch (``reference.py``), and takes no route but its own.
 """
 
 from __future__ import annotations
@@ -24,16 +25,21 @@ from .accelerator import why_no_gpu, why_too_old
 BACKENDS = ("torch", "triton", "cuda", "reference")
 
 
-@functools.cache
-def load(name: str) -> ModuleType:
-    """The module that implements the four operations."""
-    return importlib.import_module(f".{name}_backend", __package__)
+def load(name: str, device: torch.device) -> ModuleType:
+    """The module that implements the four operations for tensors on ``device``."""
+    if name == "torch":
+        return _module("torch_slabs" if device.type == "cpu" else "torch_whole")
+    return _module(f"{name}_backend")
 
 
 @functools.cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f".{name}", __package__)
+
+
 def load_partial(name: str) -> ModuleType:
     """The module that implements the operations on one rank's part of a batch."""
-    return importlib.import_module(f".{name}_partial", __package__)
+    return _module(f"{name}_partial")
 
 
 def why_unusable(
@@ -50,7 +56,7 @@ def why_unusable(
     if capability is not None:
         reason = why_too_old(capability)
     else:
-        reason = _why_no_triton(device) if name == "triton" else load("cuda").why_not_here(device)
+        reason = _why_no_triton(device) if name == "triton" else load("cuda", device).why_not_here(device)
     return reason and f"backend={name!r} cannot run on {device}: {reason}"
 
 

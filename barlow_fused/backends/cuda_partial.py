@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import cuda_backend
+from . import accelerator, cuda_backend
 from .cuda_backend import DTYPES, STATS_ROWS, Normalized
 from .kernel_partial import Kernels, StatsRows
-from .torch_backend import PANEL
 from .torch_partial import KeptView as View
 from .torch_partial import diagonal, join_gram, moments, panel_sizes
+from .torch_slabs import PANEL
 
 __all__ = ["View", "diagonal", "input_grad", "join_gram", "moments", "partial_correlate", "partial_gram"]
 
@@ -32,7 +32,7 @@ def _gram_panels(hat: Tensor) -> Tensor:
         block=plan.block,
         split=plan.split,
         steps=plan.steps,
-        tf32=cuda_backend.tf32(),
+        tf32=accelerator.tf32(),
         **cuda_backend.stream(x),
     )
     return partials

@@ -28,3 +28,13 @@ class Weights(NamedTuple):
     g_off: Tensor | None
     lambd: float
     scale: float
+
+    def of_sums(self) -> tuple[Tensor | float, Tensor | float]:
+        """The gradients with respect to the two sums, on_diag and off_diag; 0.0 where nothing depends on one."""
+
+        def joined(g: Tensor | None, factor: float) -> Tensor | float:
+            if self.g_loss is None:
+                return 0.0 if g is None else g
+            return self.g_loss * factor if g is None else g + self.g_loss * factor
+
+        return joined(self.g_on, self.scale), joined(self.g_off, self.scale * self.lambd)

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ..normalization import Normalization
-from .torch_backend import (
+from .torch_slabs import (
     BULK_RATIO,
     FEW_SAMPLES,
     MIN_SLAB,
@@ -161,7 +161,7 @@ class KeptView(View):
 
 
 def partial_gram(view: View, total_d: int) -> tuple[Tensor, Tensor]:
-    """K = X_hat X_hat^T less its bulk (torch_backend._bulk), summed over the features that are here; N^2 D FLOPs.
+    """K = X_hat X_hat^T less its bulk (torch_slabs._bulk), summed over the features that are here; N^2 D FLOPs.
 
     Returns the lower triangle's panels, flat, and tau, (S,) float64: the bulk tau_s I that was taken out of each
     segment's diagonal block, zero where ``total_d``, the features of all ranks, are not many more than the samples.

@@ -11,7 +11,7 @@ same bits.
     input_grad   1 (gram), 1 a view (direct)
 
 Half-precision inputs are multiplied in their dtype, with float32 sums (small ones in float32); float32 obeys
-``torch.get_float32_matmul_precision()``. float64 is not supported: tensor cores have no part in it that this could add
+PyTorch's switch (``accelerator.tf32``). float64 is not supported: tensor cores have no part in it that this could add
 to what PyTorch does.
 """
 

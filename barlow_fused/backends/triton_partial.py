@@ -9,9 +9,9 @@ from . import triton_backend
 from .accelerator import guard
 from .kernel_partial import Kernels, StatsRows
 from .normalized import Normalized
-from .torch_backend import PANEL
 from .torch_partial import KeptView as View
 from .torch_partial import diagonal, join_gram, moments, panel_sizes
+from .torch_slabs import PANEL
 from .triton_kernels import blocks, configs
 from .triton_kernels.partial_gram import partial_gram_kernel
 

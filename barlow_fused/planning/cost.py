@@ -16,8 +16,9 @@ import dataclasses
 
 import torch
 
-from ..backends import torch_backend
+from ..backends import torch_slabs, torch_whole
 from ..backends.triton_kernels import configs
+from ..normalization import Normalization
 from .devices import Device
 
 CACHED_BYTES = 2**24  # caches hold a few arrays of this size: 32 MiB and more on server CPUs, 40 to 126 MB on the GPUs
@@ -86,7 +87,51 @@ class Problem:
 
 
 def torch_cost(p: Problem) -> Cost:
-    """The torch backend keeps nothing of N x D numbers, only the product and a few slabs (torch_backend.py)."""
+    """The torch backend: slabs on CPUs and, over several ranks, everywhere; else whole matrices."""
+    return _slabs_cost(p) if p.device.type == "cpu" or p.world_size > 1 else _whole_cost(p)
+
+
+def _whole_cost(p: Problem) -> Cost:
+    """On accelerators it keeps A_hat, B_hat and the product, and makes temporaries by the chunk (torch_whole.py).
+
+    Passes over N x D numbers. In the inputs' dtype: normalize reads 4 and writes 2, gram and correlate read 2,
+    input_grad reads 4, and where features are rounded 4 more, and writes 2. In float32, where features are rounded:
+    normalize 10 and input_grad 18; where they are not, normalize reads and writes A_hat and B_hat 6 and 4 times more,
+    and input_grad P and its product 16 times.
+    """
+    n, d, size = p.n, p.d, p.compute_dtype.itemsize
+    dtype = configs.compute_dtype(n, d, p.dtype, normalized=True)
+    rounded, grads_rounded = dtype.itemsize < size, p.dtype.itemsize < size
+    pitch = torch_whole._empty_hats(torch.empty(n, d, dtype=p.dtype, device="meta"), Normalization()).shape[2]
+    hats = 2 * n * pitch * dtype.itemsize
+    temporaries = (2 if rounded or grads_rounded else 1) * n * _first_chunk(n, d, p.compute_dtype, rounded) * size
+    if p.route == "gram":
+        wide = 8 if n <= torch_whole.WIDE_ROWS else size
+        product, k = 2 * n * n * dtype.itemsize, 2 * n * n * wide
+        slices = torch_whole._slices(n, d, torch.device("meta"))
+        parts = min(2 * slices * n * n * size, max(torch_whole.CHUNK_BYTES, n * n * size))
+        forward = k + max(parts if slices > 1 else 0, n * n * wide, product)
+        product_traffic = _traffic(k, 8) + _traffic(product, 2) + _traffic(2 * slices * n * n * size, 2)
+    else:
+        product = d * d * dtype.itemsize
+        forward = 2 * d * d * size + (product if rounded else 0)
+        product_traffic = _traffic(d * d * size, 6) + _traffic(product, 3)
+    gradients = 2 * n * d * p.dtype.itemsize  # taken off, and do not exist yet in the forward pass
+    peak = hats + 14 * d * size + max(max(temporaries, forward) - gradients, product + temporaries + 22 * d * size)
+    passes = 18 if rounded else 14
+    floats = 28 if rounded else 26
+    bytes_moved = _traffic(n * d * p.dtype.itemsize, passes, at_least=6) + _traffic(n * d * size, floats)
+    return _cost(p, p.flops, bytes_moved + product_traffic, peak, p.dtype)
+
+
+def _first_chunk(n: int, d: int, dtype: torch.dtype, rounded: bool) -> int:
+    """Columns that the torch backend's temporaries have on accelerators."""
+    chunk = next(torch_whole._chunks(n, d, dtype, arrays=2 if rounded else 1))
+    return chunk.stop - chunk.start
+
+
+def _slabs_cost(p: Problem) -> Cost:
+    """On CPUs it keeps nothing of N x D numbers, only the product and a few slabs (torch_slabs.py)."""
     n, d = p.local_shape
     size, in_size = p.compute_dtype.itemsize, p.dtype.itemsize
     of_columns, of_rows = _slab_bytes(d, n, size), _slab_bytes(n, d, size)  # a slab of both views
@@ -199,7 +244,7 @@ COSTS = {"torch": torch_cost, "triton": triton_cost, "cuda": triton_cost, "refer
 
 def _slab_bytes(length: int, other: int, size: int) -> int:
     """Bytes of a slab of both views in the compute dtype, as the torch backend cuts them."""
-    return 2 * other * len(range(length)[next(torch_backend._slabs(length, other))]) * size
+    return 2 * other * len(range(length)[next(torch_slabs._slabs(length, other))]) * size
 
 
 def _cost(p: Problem, flops: int, bytes_moved: int, peak_memory: int, product_dtype: torch.dtype) -> Cost:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from ..backends import torch_backend
+from ..backends import torch_slabs
+from ..backends.accelerator import tf32
 from ..backends.triton_kernels import configs
 
 SECONDS_PER_MEASUREMENT = 0.1
@@ -98,13 +99,12 @@ class Device:
         return self.known.bandwidth if self.known else _measure_bandwidth(self.type, self.index)
 
     def product_rate(self, dtype: torch.dtype) -> float:
-        """FLOP/s of a matrix product of two ``dtype`` matrices. float32 obeys torch.set_float32_matmul_precision."""
+        """FLOP/s of a matrix product of two ``dtype`` matrices. float32 obeys PyTorch's switch (accelerator.tf32)."""
         if self.known is None:
-            precision = torch.get_float32_matmul_precision()
-            return _measure_product(self.type, self.index, dtype, torch.get_num_threads(), precision)
+            return _measure_product(self.type, self.index, dtype, torch.get_num_threads(), tf32())
         if dtype in HALVES:
             return self.known.products["half"]
-        if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        if dtype == torch.float32 and tf32():
             return self.known.products["tf32"]
         return self.known.products[str(dtype).removeprefix("torch.")]
 
@@ -166,11 +166,11 @@ def _measure_bandwidth(device_type: str, index: int) -> float:
 
 
 @functools.cache
-def _measure_product(device_type: str, index: int, dtype: torch.dtype, threads: int, precision: str) -> float:
-    """``threads`` and ``precision`` only tell one cached measurement from another."""
+def _measure_product(device_type: str, index: int, dtype: torch.dtype, threads: int, tf32: bool) -> float:
+    """``threads`` and ``tf32`` only tell one cached measurement from another."""
     size = PRODUCT_SIZE[device_type]
     x = torch.linspace(-1, 1, size * size, device=_torch_device(device_type, index)).view(size, size).to(dtype)
-    return 2 * size**3 / _seconds(lambda: torch_backend._matmul_t(x, x, dtype), x.device)
+    return 2 * size**3 / _seconds(lambda: torch_slabs._matmul_t(x, x, dtype), x.device)
 
 
 def _torch_device(device_type: str, index: int) -> torch.device:

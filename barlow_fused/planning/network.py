@@ -25,8 +25,8 @@ import dataclasses
 import math
 from typing import Any
 
-from ..backends.torch_backend import FEW_SAMPLES
 from ..backends.torch_partial import panel_sizes
+from ..backends.torch_slabs import FEW_SAMPLES
 from ..distributed.agreement import FIELDS
 from .cost import Cost, Problem
 

@@ -1,14 +1,35 @@
-"""The torch backend against the float64 oracle: every route, dtype and convention, over a grid of shapes."""
+"""The torch backend, in both of its shapes, against the float64 oracle: every route, dtype, convention and size."""
 
 import functools
+import importlib
 
 import pytest
 import torch
-from cases import NORMALIZATIONS, ROUTES, SHAPES, SMALL_SHAPES, Answer, answer, assert_close, error, oracle, views
+from cases import (
+    NORMALIZATIONS,
+    ROUTES,
+    SHAPES,
+    SMALL_SHAPES,
+    TOLERANCE,
+    Answer,
+    answer,
+    assert_close,
+    error,
+    oracle,
+    views,
+)
 
-from barlow_fused import barlow_twins_loss
-from barlow_fused.backends import torch_backend
+from barlow_fused import backends, barlow_twins_loss
+from barlow_fused.backends import torch_slabs
 from barlow_fused.reference import standardize
+
+
+@pytest.fixture(params=["slabs", "whole"], autouse=True)
+def shape(request, monkeypatch):
+    """The shape for CPUs, and the one for accelerators: it does not care about the device."""
+    module = importlib.import_module(f"barlow_fused.backends.torch_{request.param}")
+    monkeypatch.setattr(backends, "load", lambda name, device: module)
+    return request.param
 
 
 def torch_loss(**kwargs):
@@ -18,9 +39,11 @@ def torch_loss(**kwargs):
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize(("n", "d"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_accuracy_over_shapes(n, d, dtype, route):
+def test_accuracy_over_shapes(n, d, dtype, route, shape, monkeypatch):
     if route == "gram" and 2 * n > d:
         pytest.skip("Gram's difference loses digits there by design; test_gram_beyond_its_range has it in float64")
+    if shape == "whole" and n <= 3 and dtype == torch.float32:  # a CPU's library adds up 4097 products of a row or two
+        monkeypatch.setitem(TOLERANCE, dtype, (1e-6, 1e-5))  # one after the other
     z_a, z_b = views(n, d, dtype)
     assert_close(answer(torch_loss(route=route), z_a, z_b), z_a, z_b, NORMALIZATIONS["batch_norm"])
 
@@ -93,11 +116,11 @@ def test_gradcheck(n, d, normalization, route):
 @pytest.mark.parametrize(("n", "d"), [(300, 2500), (1500, 300), (2100, 1030)])
 def test_several_slabs_and_panels(n, d, dtype, route):
     """Sizes that cut the inputs into several slabs, and K into several panels, none of them whole."""
-    assert n * d > torch_backend.KEEP_ELEMENTS
+    assert n * d > torch_slabs.KEEP_ELEMENTS
     z_a, z_b = views(n, d, dtype)
     got, ref = answer(torch_loss(route=route), z_a, z_b), oracle(z_a, z_b)
     amplified = 1 + 1e3 * (route == "gram" and 2 * n > d)
-    assert error(got.loss, ref.loss) < 1e-6 * amplified
+    assert error(got.loss, ref.loss) < TOLERANCE[dtype][0] * amplified
     assert error(got.grad_a, ref.grad_a) < (2e-6 if dtype == torch.float32 else 5e-3) * amplified
     assert error(got.grad_b, ref.grad_b) < (2e-6 if dtype == torch.float32 else 5e-3) * amplified
 
@@ -120,22 +143,6 @@ def test_very_wide(n, d, normalization):
     if n > 2:
         assert error(got.grad_a, grad_a) < 2e-6
         assert error(got.grad_b, grad_b) < 2e-6
-
-
-@pytest.mark.parametrize("threshold", ["KEEP_ELEMENTS", "ONEDNN_MIN_FLOPS", "ONEDNN_MAX_ROWS"])
-@pytest.mark.parametrize("value", [0, 1e18])
-def test_every_path_gives_the_same_loss(threshold, value, monkeypatch):
-    """Keeping the standardised features or not, oneDNN or not: the choice is about speed alone."""
-    monkeypatch.setattr(torch_backend, threshold, value)
-    z_a, z_b = views(255, 1000)
-    for route in ROUTES:
-        assert_close(answer(torch_loss(route=route), z_a, z_b), z_a, z_b, NORMALIZATIONS["batch_norm"])
-
-
-def test_without_onednn(monkeypatch):
-    monkeypatch.setattr(torch_backend, "_ONEDNN", None)
-    z_a, z_b = views(255, 1000)
-    assert_close(answer(torch_loss(), z_a, z_b), z_a, z_b, NORMALIZATIONS["batch_norm"])
 
 
 def test_a_wrong_gradient_is_seen():

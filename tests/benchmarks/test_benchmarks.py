@@ -13,6 +13,7 @@ import sys
 
 import pytest
 import torch
+from cases import inductor
 from peers import losses_of
 from planted import allocating_loss, another_loss, broken_loss, hungry_loss, make_peer, wrong_loss
 
@@ -84,6 +85,7 @@ def test_every_method_is_right(name, dtype):
     assert verdict.loss == pytest.approx(truth.loss, rel=accuracy.TOLERANCES[dtype][0])
 
 
+@inductor
 def test_the_compiled_method_is_right():
     if PEERS["compile"].unavailable:
         pytest.skip(PEERS["compile"].unavailable)

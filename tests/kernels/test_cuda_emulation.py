@@ -7,7 +7,7 @@ import pytest
 import torch
 from cases import ROUTES, answer, views
 
-from barlow_fused.backends import cuda_backend, why_unusable
+from barlow_fused.backends import accelerator, cuda_backend, why_unusable
 
 CPU = torch.device("cpu")
 
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("precision", ["highest", "high"])
 @pytest.mark.parametrize("route", ROUTES)
 def test_float32_obeys_pytorchs_switch(fused, route, precision, monkeypatch):
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: precision)
+    monkeypatch.setattr(accelerator, "tf32", lambda: precision == "high")
     z_a, z_b = views(64, 140)
     got, ref = answer(fused(route=route), z_a, z_b), cases.oracle(z_a, z_b)
     wrong = cases.error(got.grad_a, ref.grad_a)

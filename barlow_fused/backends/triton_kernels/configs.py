@@ -39,6 +39,8 @@ import os
 
 import torch
 
+from .. import accelerator
+
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may use
 SUM_BLOCK = 1024  # partial sums added at a time
 CHUNK = 8192  # products a tensor core adds up before a rounded addition (blocks.py)
@@ -204,19 +206,20 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def precision_of(dtype: torch.dtype) -> str:
-    """What the tensor cores multiply; float32 obeys PyTorch's switch.
+    """What the tensor cores multiply; float32 obeys PyTorch's switch (accelerator.tf32).
 
-    "highest" takes three TF32 products (a_low b_high + a_high b_low + a_high b_high): 2^-22 relative, float32's own
-    accuracy, on the tensor cores; "ieee" would run on the ordinary cores, several times slower.
+    Without TF32 it takes three such products (a_low b_high + a_high b_low + a_high b_high): 2^-22 relative, as accurate
+    as float32, on the tensor cores; "ieee" would run on the ordinary cores, several times slower.
     """
     if dtype != torch.float32:
         return "half"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if accelerator.tf32() else "tf32x3"
 
 
 def compute_dtype(n: int, d: int, dtype: torch.dtype, normalized: bool) -> torch.dtype:
     """What is multiplied: in small half-precision inputs the rounding of A_hat does not average out."""
-    return torch.float32 if normalized and n * d <= FLOAT32_ELEMENTS else dtype
+    small = normalized and dtype.itemsize == 2 and n * d <= FLOAT32_ELEMENTS
+    return torch.float32 if small else dtype
 
 
 def stats_rows(normalized: bool, raw: bool) -> int:

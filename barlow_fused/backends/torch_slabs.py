@@ -1,4 +1,4 @@
-"""The four operations in PyTorch: the product on CPUs, and what runs wherever PyTorch runs.
+"""The four operations for CPUs, by PyTorch's operators: in slabs that the caches hold.
 
 Two ideas make it fast:
 
@@ -210,7 +210,7 @@ def input_grad(
     grad_a = rstd_a * (alpha * P + d * B_hat - kappa_a * m * A_hat),   m = mean_n(A_hat * (alpha * P + d * B_hat))
     """
     n, features = x.z_a.shape
-    w_on, w_off = _weights_of_sums(weights)
+    w_on, w_off = Weights(*(None if g is None else _scalar(g) for g in weights[:3]), *weights[3:]).of_sums()
     alpha = w_off * (2 / n)
     d = (x.c - 1).mul_(w_on * (2 / n))
     if route == "gram":  # its P contains C's diagonal
@@ -265,12 +265,6 @@ def input_grad(
                 grads[view][rows, columns] = p.addcmul_(*last)
             del p  # before the next one is made
     return grads[0], grads[1]
-
-
-def _weights_of_sums(weights: Weights) -> tuple[Tensor | float, Tensor | float]:
-    """The gradients with respect to the two sums, on_diag and off_diag."""
-    g_loss, g_on, g_off = (0.0 if g is None else _scalar(g) for g in weights[:3])
-    return g_on + g_loss * weights.scale, g_off + g_loss * (weights.scale * weights.lambd)
 
 
 def _scalar(x: Tensor) -> Tensor | float:
