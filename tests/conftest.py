@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 
 import pytest
 
@@ -31,8 +32,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """The environment of the workers, or of this process: before anything imports Triton.
 
-    Workers share the cores. What they give back stays with the allocator: page faults took a fifth of the time.
+    Workers share the cores. What they give back stays with the allocator: page faults took a fifth of the time. Inductor's
+    cache is of this run alone: it does not tell one set of vector instructions from another, and what it has compiled for
+    AVX-512 gives NaN with ATEN_CPU_CAPABILITY=avx2.
     """
+    if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+        cache = tempfile.TemporaryDirectory(prefix="inductor-")
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache.name
+        config.add_cleanup(cache.cleanup)
     workers = config.getoption("numprocesses", None) or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
     os.environ.setdefault("MALLOC_MMAP_MAX_", "0")
