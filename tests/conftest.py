@@ -32,9 +32,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     """The environment of the workers, or of this process: before anything imports Triton.
 
-    Workers share the cores. What they give back stays with the allocator: page faults took a fifth of the time. Inductor's
-    cache is of this run alone: it does not tell one set of vector instructions from another, and what it has compiled for
-    AVX-512 gives NaN with ATEN_CPU_CAPABILITY=avx2.
+    Workers share the cores. What they give back stays with the allocator: page faults took a fifth of the time.
+    Inductor's cache is of this run alone: it does not tell one set of vector instructions from another, and what it has
+    compiled for AVX-512 gives NaN with ATEN_CPU_CAPABILITY=avx2.
     """
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
         cache = tempfile.TemporaryDirectory(prefix="inductor-")
