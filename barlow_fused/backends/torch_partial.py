@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from ..normalization import Normalization
+from . import torch_whole
 from .torch_slabs import (
     BULK_RATIO,
     FEW_SAMPLES,
@@ -74,11 +75,22 @@ class Result:
         return self.w_off * (2 / self.n), (self.c - 1) * self.w_on * (2 / self.n)
 
 
+def for_caches(device: torch.device) -> bool:
+    """Whether features are worked on in slabs that caches hold, as on CPUs, or as many at a time as memory allows."""
+    return device.type == "cpu"
+
+
+def _columns(z: Tensor) -> Iterator[slice]:
+    """The slabs of features."""
+    n, d = z.shape
+    return _slabs(d, n) if for_caches(z.device) else torch_whole._chunks(n, d, _compute_dtype(z), arrays=2)
+
+
 def moments(z: Tensor, sizes: tuple[int, ...]) -> Tensor:  # [N, D] -> [3, S, D]
     """Each feature's mean, what rounding left of it, and biased variance, over each segment of samples."""
-    n, d = z.shape
+    d = z.shape[1]
     result = z.new_empty(3, len(sizes), d, dtype=_compute_dtype(z))
-    for s in _slabs(d, n):
+    for s in _columns(z):
         mean, shift, var = _cut(result, s)  # each (S, columns)
         for segment, x in enumerate(z[:, s].to(result.dtype, copy=True).split(sizes)):
             x -= torch.mean(x, 0, out=mean[segment])
@@ -171,9 +183,10 @@ def partial_gram(view: View, total_d: int) -> tuple[Tensor, Tensor]:
     flat = view.z.new_zeros(sum(panel_sizes(n)), dtype=dtype)
     tau = view.z.new_zeros(len(view.segments.sizes), dtype=torch.float64)
     bulk = view.normalization is not None and total_d >= BULK_RATIO * n
-    for s in _slabs(d, n):
-        power = _cut(view.power, s).split(MIN_SLAB, dim=1) if bulk else None
-        for i, x_hat in enumerate(view.slab(s).split(MIN_SLAB if bulk else max(d, 1), dim=1)):
+    width = MIN_SLAB if bulk and for_caches(view.z.device) else max(d, 1)  # of what the bulk is taken out at once
+    for s in _columns(view.z):
+        power = _cut(view.power, s).split(width, dim=1) if bulk else None
+        for i, x_hat in enumerate(view.slab(s).split(width, dim=1)):
             part = power[i].sum(1, dtype=torch.float64) if bulk else None  # (S,)
             for start, stop, panel in panels(flat, n):
                 panel += _matmul_t(x_hat[start:stop], x_hat[:stop], view.z.dtype)
@@ -243,8 +256,7 @@ def _pairs(flats: tuple[Tensor, Tensor], n: int) -> Iterator[tuple[int, Tensor, 
 
 def diagonal(a: View, b: View) -> Tensor:  # [D]
     """The sum over the samples that are here of A_hat * B_hat."""
-    n, d = a.z.shape
-    return torch.cat([(a.slab(s) * b.slab(s)).sum(0) for s in _slabs(d, n)])
+    return torch.cat([(a.slab(s) * b.slab(s)).sum(0) for s in _columns(a.z)])
 
 
 def partial_correlate(a: View, b: View) -> Tensor:  # [D, D]
@@ -256,11 +268,10 @@ def input_grad(views: list[View], view: int, result: Result) -> Tensor:  # [N, D
     """dL/dz of one view, from the two parts of g = dL/dX_hat = alpha * P + d * other."""
     own, other = views[view], views[1 - view]
     alpha, d = result.factors
-    n, features = own.z.shape
     gram = result.route == "gram"
     product = result.product[1 - view] if gram else result.product.T if view else result.product
     grad = torch.empty_like(own.z)
-    for s in _slabs(features, n) if gram else (slice(None),):
+    for s in _columns(own.z) if gram else (slice(None),):
         x, y = own.slab(s), other.slab(s)
         g = _matmul_t(product, x.T, own.z.dtype) if gram else _matmul_t(y, product, own.z.dtype)
         g = g.mul_(alpha).addcmul_(y, _cut(d, s))

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..normalization import Normalization
 from ..reference import BarlowTwinsTerms
+from . import accelerator
 from .operations import Weights
 
 SLAB_ELEMENTS = 2**18  # a float32 slab of 1 MiB: a core's L2 cache
@@ -312,11 +313,11 @@ def _cut(per_feature: Tensor, columns: slice) -> Tensor:
 
 
 def _matmul_t(x: Tensor, y: Tensor, input_dtype: torch.dtype) -> Tensor:  # [M, K], [L, K] -> [M, L]
-    """x @ y.T by the library that multiplies fastest; on GPUs in the inputs' dtype with float32 sums."""
+    """x @ y.T by the library that multiplies fastest; on accelerators in the inputs' dtype with float32 sums."""
     if x.device.type == "cpu":
         large = 2 * x.shape[0] * x.shape[1] * y.shape[0] > ONEDNN_MIN_FLOPS
         if large and x.shape[0] <= ONEDNN_MAX_ROWS and x.dtype == torch.float32 and _ONEDNN is not None:
             return _ONEDNN(x, y, None, "none", [], "")
     elif input_dtype in (torch.float16, torch.bfloat16):
-        return torch.mm(x.to(input_dtype), y.to(input_dtype).T, out_dtype=torch.float32)
+        return accelerator.matmul(x.to(input_dtype), y.to(input_dtype).T)
     return x @ y.T

@@ -296,7 +296,7 @@ def _slices(n: int, d: int, device: torch.device) -> int:
 def _chunks(n: int, d: int, dtype: torch.dtype, arrays: int) -> Iterator[slice]:
     """Columns of which so many arrays of N rows fit into CHUNK_BYTES."""
     step = max(SLICE_COLUMNS, CHUNK_BYTES // (arrays * n * dtype.itemsize) // SLICE_COLUMNS * SLICE_COLUMNS)
-    return (slice(start, min(start + step, d)) for start in range(0, d, step))
+    return (slice(start, min(start + step, d)) for start in range(0, max(d, 1), step))
 
 
 def _terms(x: Normalized, c: Tensor, off_diag: Tensor, lambd: float, scale: float) -> BarlowTwinsTerms:

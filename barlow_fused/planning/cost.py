@@ -131,10 +131,12 @@ def _first_chunk(n: int, d: int, dtype: torch.dtype, rounded: bool) -> int:
 
 
 def _slabs_cost(p: Problem) -> Cost:
-    """On CPUs it keeps nothing of N x D numbers, only the product and a few slabs (torch_slabs.py)."""
+    """On CPUs and over several ranks it keeps nothing of N x D numbers, only the product and a few slabs."""
     n, d = p.local_shape
     size, in_size = p.compute_dtype.itemsize, p.dtype.itemsize
     of_columns, of_rows = _slab_bytes(d, n, size), _slab_bytes(n, d, size)  # a slab of both views
+    if p.device.type != "cpu":  # a part of a batch (torch_partial.py)
+        of_columns = min(2 * n * d * size, torch_whole.CHUNK_BYTES)
     if p.route == "gram":
         product = 2 * n * n * size
         slabs = -(-2 * n * d * size // of_columns)
