@@ -77,7 +77,7 @@ def _batch_norm(z: Tensor) -> Tensor:
 
 
 def _autocast(z: Tensor) -> contextlib.AbstractContextManager:
-    if z.dtype in (torch.bfloat16, torch.float16):
+    if z.dtype in (torch.bfloat16, torch.float16) and torch.amp.is_autocast_available(z.device.type):
         return torch.autocast(z.device.type, dtype=z.dtype)
     return contextlib.nullcontext()
 

@@ -1,5 +1,6 @@
 """The public function and module: results, modes of PyTorch that they must work under, and what bad input gets."""
 
+import contextlib
 import copy
 import functools
 import pickle
@@ -7,6 +8,7 @@ import pickle
 import pytest
 import torch
 from cases import NORMALIZATIONS, ROUTES, answer, error, inductor, oracle, views
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import barlow_fused
 from barlow_fused import (
@@ -223,6 +225,20 @@ def test_compile_by_inductor_with_a_model_around():
     (got_grad,) = gradients(loss, model.weight)
     assert error(loss, want) < 1e-6
     assert error(got_grad, want_grad) < 1e-5
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("device", ["fake", "meta"])
+def test_tensors_without_data(device, dtype, route):
+    """Shapes, dtypes and devices are known."""
+    with FakeTensorMode() if device == "fake" else contextlib.nullcontext():
+        where = "cpu" if device == "fake" else "meta"
+        z_a, z_b = (torch.empty(300, 700, dtype=dtype, device=where, requires_grad=True) for _ in range(2))
+        terms = barlow_twins_loss(z_a, z_b, route=route, return_terms=True)
+        terms.loss.backward()
+    assert all((t.shape, t.dtype, t.device.type) == ((), torch.float32, where) for t in terms)
+    assert (z_a.grad.shape, z_a.grad.dtype, z_b.grad.device.type) == ((300, 700), dtype, where)
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -98,7 +98,7 @@ def normalize(z_a: Tensor, z_b: Tensor, normalization: Normalization | None) -> 
     normalized = normalization is not None
     convention = normalization or Normalization()
     dtype = configs.compute_dtype(n, d, z_a.dtype, normalized)
-    plan = _plan(n, d, z_a.dtype, dtype, accelerator.tf32(), z_a.device)
+    plan = _plan(n, d, z_a.dtype, dtype, tf32(dtype), z_a.device)
     hats = _empty(z_a, dtype, 2, n, d) if normalized else None
     a_hat, b_hat = hats.unbind() if normalized else (None, None)
     stats = _empty_stats(z_a, normalization)
@@ -131,7 +131,7 @@ def normalize(z_a: Tensor, z_b: Tensor, normalization: Normalization | None) -> 
 def gram(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[BarlowTwinsTerms, Tensor | None]:
     """The terms, and K_a / D - I and K_b / D - I stacked, (2, N, N) (without normalization, K_a / D and K_b / D)."""
     n, d = x.z_a.shape
-    plan = _plan(n, d, x.z_a.dtype, x.dtype, accelerator.tf32(), x.z_a.device).gram
+    plan = _plan(n, d, x.z_a.dtype, x.dtype, tf32(x.dtype), x.z_a.device).gram
     a_hat, b_hat = x.views
     k = _empty(x.z_a, x.dtype, 2, n, n) if need_grad else None
     partials = x.stats.new_empty(plan.partials)
@@ -149,7 +149,7 @@ def gram(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[Ba
         split=plan.split,
         steps=plan.steps,
         shift=0.0 if x.normalization is None else 1.0,
-        tf32=accelerator.tf32(),
+        tf32=tf32(x.dtype),
         **_forward(x, terms, lambd, scale),
     )
     return terms, k
@@ -164,7 +164,7 @@ def correlate(
 ) -> tuple[BarlowTwinsTerms, Tensor | None]:
     """The terms, and C with its diagonal set to 0, (D, D). Fills the last rows of ``x.stats``."""
     n, d = x.z_a.shape
-    plan = _plan(n, d, x.z_a.dtype, x.dtype, accelerator.tf32(), x.z_a.device).correlate
+    plan = _plan(n, d, x.z_a.dtype, x.dtype, tf32(x.dtype), x.z_a.device).correlate
     a_hat, b_hat = x.views
     c = _empty(x.z_a, dtype or x.dtype, d, d) if need_grad else None
     row_sums = x.stats.new_empty(2, plan.tiles, d) if need_grad and x.normalization is not None else None
@@ -183,7 +183,7 @@ def correlate(
         d=d,
         block=plan.block,
         raw_limit=configs.raw_limit(n),
-        tf32=accelerator.tf32(),
+        tf32=tf32(x.dtype),
         **_forward(x, terms, lambd, scale),
     )
     return terms, c
@@ -234,7 +234,7 @@ def write_grads(
         scale=weights.scale,
         normalized=x.normalization is not None,
         raw=x.raw,
-        tf32=accelerator.tf32(),
+        tf32=tf32(x.dtype),
         **stream(x.z_a),
     )
 
@@ -262,6 +262,11 @@ def _plan(n: int, d: int, z_dtype: torch.dtype, dtype: torch.dtype, tf32: bool, 
     return _Plan(slabs.slabs, slabs.chunks, kernels.plan_gram(*products), kernels.plan_correlate(*products))
 
 
+def tf32(dtype: torch.dtype) -> bool:
+    """Whether factors of that dtype are multiplied as one TF32 product; else float32 takes three."""
+    return dtype == torch.float32 and accelerator.tf32()
+
+
 def _forward(x: Normalized, terms: BarlowTwinsTerms, lambd: float, scale: float) -> dict[str, int | float]:
     """The arguments that gram and correlate share."""
     return {
@@ -279,7 +284,7 @@ def _forward(x: Normalized, terms: BarlowTwinsTerms, lambd: float, scale: float)
 
 def counter_count(z: Tensor) -> int:
     """How many zeros gram or correlate wants for inputs of this shape, which are multiplied as they are."""
-    return _plan(*z.shape, z.dtype, z.dtype, accelerator.tf32(), z.device).counters
+    return _plan(*z.shape, z.dtype, z.dtype, tf32(z.dtype), z.device).counters
 
 
 def aligned(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import accelerator, cuda_backend
+from . import cuda_backend
 from .cuda_backend import DTYPES, STATS_ROWS, Normalized
 from .kernel_partial import Kernels, StatsRows
 from .torch_partial import KeptView as View
@@ -32,7 +32,7 @@ def _gram_panels(hat: Tensor) -> Tensor:
         block=plan.block,
         split=plan.split,
         steps=plan.steps,
-        tf32=accelerator.tf32(),
+        tf32=cuda_backend.tf32(x.dtype),
         **cuda_backend.stream(x),
     )
     return partials

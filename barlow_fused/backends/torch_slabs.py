@@ -269,8 +269,8 @@ def input_grad(
 
 
 def _scalar(x: Tensor) -> Tensor | float:
-    """A 0-d tensor as Python's number, which is faster to compute with; on GPUs, where reading would stall, as is."""
-    return x.item() if x.device.type == "cpu" else x
+    """A 0-d tensor as Python's number, which is faster to compute with; one without data, fake or on meta, as it is."""
+    return x.item() if x.device.type == "cpu" and type(x) is Tensor else x
 
 
 def _compute_dtype(z: Tensor) -> torch.dtype:

@@ -23,6 +23,7 @@ from barlow_fused.reference import standardize
 from benchmarks import (
     accuracy,
     compare,
+    host,
     inputs,
     machine,
     memory,
@@ -581,6 +582,16 @@ def test_a_profile_adds_up(capsys, tmp_path):
     product = next(part for part in found.processor if part.name == "aten::mm")
     assert product.count == 3  # C, and its two gradients
     assert found.kernels == []
+
+
+def test_host_time_is_that_of_calls_that_launch_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(host, "CALLS", 2)
+    assert main(["host", "--n", "8", "--d", "64", "--turns", "2"]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    for method in ("usual", "torch", "cuda"):
+        assert re.search(rf"{method} +│ +\d+ │ +\d+ to \d+ │ +\d+\.\d\d", text)
+    assert backends.load("torch", CPU).__name__.endswith("torch_slabs")  # as before
 
 
 def test_verification_ends_what_runs_over_and_goes_on(tmp_path, capsys):
