@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import dataclasses
 import functools
+import inspect
 import pickle
 
 import pytest
@@ -19,6 +21,7 @@ from barlow_fused import (
     configure,
     cross_correlation,
 )
+from barlow_fused.arguments import Options
 
 N, D = 33, 100
 
@@ -305,6 +308,15 @@ def test_module_equals_function():
     kwargs = {"lambd": 0.02, "scale": 0.1, "normalization": "std", "eps": 1e-4, "route": "direct"}
     assert torch.equal(BarlowTwinsLoss(**kwargs)(z_a, z_b), barlow_twins_loss(z_a, z_b, **kwargs))
     assert isinstance(BarlowTwinsLoss(return_terms=True)(z_a, z_b), BarlowTwinsTerms)
+
+
+def test_the_function_and_the_module_take_the_same_options():
+    """Those of Options, in its order and with its defaults."""
+    options = [(f.name, f.default) for f in dataclasses.fields(Options)]
+    function = list(inspect.signature(barlow_twins_loss).parameters.values())
+    module = list(inspect.signature(BarlowTwinsLoss).parameters.values())
+    assert [(p.name, p.default) for p in function[2:]] == options
+    assert [(p.name, p.default) for p in module] == options
 
 
 def test_module_moves_copies_and_pickles():
