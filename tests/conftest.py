@@ -1,4 +1,4 @@
-"""What a run of the tests is told on its command line."""
+"""How the tests are run: of which kernels, in which environment, and which of them in one worker."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 TYPICAL_UNITS = 132  # where a device does not say
 
@@ -95,9 +96,14 @@ def _sums_in_float32(device_type: str) -> bool:
 
 
 def _works(attempt: Callable[[], object]) -> bool:
-    """Whether a device can do something, found out by doing it."""
+    """Whether a device can do something, found out by doing it: for real, also where a call is only traced or faked."""
     try:
-        attempt()
-    except (RuntimeError, TypeError, NotImplementedError):
+        with _disable_current_modes():
+            attempt()
+    except (
+        RuntimeError,
+        TypeError,
+        AssertionError,
+    ):  # of the operator, of its arguments, of a PyTorch without the device
         return False
     return True

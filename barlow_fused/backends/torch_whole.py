@@ -267,7 +267,7 @@ def _gram_matrices(x: Normalized, dtype: torch.dtype) -> Tensor:
 
 def _gram_panel(h: Tensor, rows: slice, slices: int, out: Tensor) -> None:
     """Rows of K_a and K_b up to their diagonal, [2, rows, columns]: as many slices at once as fit into CHUNK_BYTES."""
-    at_once = max(1, CHUNK_BYTES // (out.numel() * 4))
+    at_once = max(1, CHUNK_BYTES // (out.numel() * max(4, h.element_size())))
     if at_once >= slices:
         parts = accelerator.bmm(h[:, rows], h[:, : rows.stop].mT)
         torch.sum(parts.view(2, slices, *out.shape[1:]), 1, dtype=out.dtype, out=out)

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from cases import error
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from barlow_fused import plan
 from barlow_fused.backends import accelerator
@@ -87,6 +88,9 @@ def test_a_device_that_refuses_is_asked_once():
 
     assert accelerator._works(refuse) is False
     assert accelerator._works(lambda: None) is True
+    accelerator._sums_in_float32.cache_clear()
+    with FakeTensorMode():  # where every operator works
+        assert accelerator._sums_in_float32("cpu") is False
     accelerator._sums_in_float32.cache_clear()
     assert [accelerator._sums_in_float32("cpu") for _ in range(2)] == [False, False]
     assert accelerator._sums_in_float32.cache_info().hits == 1
