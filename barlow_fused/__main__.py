@@ -1,4 +1,7 @@
-"""The command line: ``python -m barlow_fused plan | doctor | train | evaluate``, also installed as ``barlow-fused``."""
+"""The command line: ``python -m barlow_fused plan | doctor | verify | train | evaluate``.
+
+Also installed as ``barlow-fused``.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,15 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from .version import __version__
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+VERIFY = (
+    "Check the fused kernels on this machine's GPUs, time what is right, and record both: from the next start on, "
+    "backend='auto' takes the fastest that is right. Kernels run in processes of their own, which may crash or hang."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,6 +62,16 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print JSON")
     doctor.set_defaults(run=_doctor)
 
+    verify = commands.add_parser(
+        "verify", help="check and time the fused kernels on this machine's GPUs, once", description=VERIFY
+    )
+    verify.add_argument("--device", help="like cuda:0 (default: one GPU of each model that is here)")
+    verify.add_argument("--again", action="store_true", help="also where there is a record already")
+    verify.add_argument("--seconds", type=_seconds, default=60.0, metavar="S", help="at most, for a GPU (default: 60)")
+    verify.add_argument("--output", type=Path, metavar="FILE", help="write the record there, too")
+    verify.add_argument("--json", action="store_true", help="print JSON; times are in seconds")
+    verify.set_defaults(run=_verify)
+
     # for --help; main runs them
     commands.add_parser("train", help="pretrain on images", add_help=False)
     commands.add_parser("evaluate", help="the linear probe of a run", add_help=False)
@@ -92,6 +110,22 @@ def _doctor(arguments: argparse.Namespace) -> int:
     found = report()
     print(json.dumps(found, indent=2) if arguments.json else format_report(found))
     return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from .verification.command import run
+
+    return run(arguments)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 1 <= seconds <= 86400:
+        raise argparse.ArgumentTypeError(f"a number of seconds from 1 to 86400 is accepted; got {text!r}")
+    return seconds
 
 
 def _train(command: str, argv: list[str]) -> int:

@@ -1,19 +1,27 @@
 """Which route and which backend a call takes.
 
 A choice is made in this order: the argument of the call, then :func:`configure`, then the environment variables
-``BARLOW_FUSED_ROUTE`` and ``BARLOW_FUSED_BACKEND``, then the rule for ``"auto"``.
+``BARLOW_FUSED_ROUTE`` and ``BARLOW_FUSED_BACKEND``, then the rule for ``"auto"``. The route follows from the shape. The
+backend follows from the record of this GPU, which says what is right on it and what is the fastest; without a record it
+is PyTorch's operators. A call never waits for a verification, unless ``BARLOW_FUSED_VERIFY=block`` says so.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
-from typing import NamedTuple
+import threading
 
 import torch
 
 from . import backends
+from .verification.ensure import ensure
+from .verification.key import installed, key
+from .verification.record import Cell, Record, find
 
 ROUTES = ("gram", "direct")
+VERIFY = ("ask", "block", "never")  # BARLOW_FUSED_VERIFY: what a first call on a GPU without a record does
 
 _configured: dict[str, str] = {}
 
@@ -89,26 +97,13 @@ def why_route(route: str, n: int, d: int, backend: str) -> str:
 # The backend
 
 
-class Measured(NamedTuple):
-    """A row of ``FASTEST``: with at least ``n`` samples and ``d`` features, these backends, the fastest first."""
-
-    n: int
-    d: int
-    backends: tuple[str, ...]
-
-
-# What "auto" takes on a GPU, by compute capability and dtype: the last of the rows that the input reaches, and of its
-# backends the first that can run there; PyTorch's where there is none. A row comes from a file of benchmarks/results,
-# which it names. Nothing has been measured on a GPU yet.
-FASTEST: dict[tuple[tuple[int, int], torch.dtype], tuple[Measured, ...]] = {}
-
-
 def choose_backend(
     backend: str,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     capability: tuple[int, int] | None = None,
     shape: tuple[int, int] | None = None,
+    route: str | None = None,
 ) -> str:
     """The backend that runs a call with the argument ``backend`` on tensors of ``device``, ``dtype`` and ``shape``.
 
@@ -119,7 +114,7 @@ def choose_backend(
         RuntimeError: a backend was forced that cannot run there.
     """
     backend = _resolve("backend", backend, backends.BACKENDS)
-    return backend if device is None else resolve_backend(backend, device, dtype, capability, shape)
+    return backend if device is None else resolve_backend(backend, device, dtype, capability, shape, route)
 
 
 def resolve_backend(
@@ -127,35 +122,105 @@ def resolve_backend(
     device: torch.device,
     dtype: torch.dtype | None = None,
     capability: tuple[int, int] | None = None,
-    shape: tuple[int, int] | None = None,
+    shape: tuple[int, int] | None = None,  # (N, D)
+    route: str | None = None,
 ) -> str:
-    """The same of a name that has been through :func:`configure` and the environment already.
+    """The same of a name that has been through :func:`configure` and the environment already, or through :func:`pin`.
 
     Raises:
         RuntimeError: it cannot run there.
     """
-    if name == "auto":
-        return fastest(device, dtype, capability, shape)
+    if name.startswith("auto"):
+        if dtype is None or shape is None or route is None or capability is not None:
+            return "torch"  # not known well enough for a record
+        return _fastest(device, dtype, route, Cell.of(*shape))
     reason = backends.why_unusable(name, device, dtype, capability)
     if reason is not None:
         raise RuntimeError(reason)
     return name
 
 
-def fastest(
-    device: torch.device,
-    dtype: torch.dtype | None = None,
-    capability: tuple[int, int] | None = None,
-    shape: tuple[int, int] | None = None,  # (N, D)
-) -> str:
-    """The backend that ``"auto"`` takes on ``device``, with inputs of ``dtype`` and ``shape``."""
-    if device.type != "cuda" or not FASTEST or shape is None:
-        return "torch"
-    rows = FASTEST.get((capability or torch.cuda.get_device_capability(device), dtype), ())
-    reached = [row.backends for row in rows if shape[0] >= row.n and shape[1] >= row.d]
-    candidates = reached[-1] if reached else ()
-    usable = (name for name in candidates if not backends.why_unusable(name, device, dtype, capability))
-    return next(usable, "torch")
+def fastest_over_ranks(device: torch.device, dtype: torch.dtype, shape: tuple[int, int], route: str) -> tuple[str, ...]:
+    """What ``"auto"`` may take for one rank's part of a batch, of that shape: the fastest first, PyTorch last."""
+    return _verified(device, dtype, route, Cell.of(*shape), True)
+
+
+def pin(name: str, device: torch.device) -> str:
+    """``"auto"`` with what the choice follows from: a graph that was compiled for another record is another graph."""
+    record = record_of(device) if name == "auto" else None
+    return name if record is None else f"{name} {record.digest}"
+
+
+pin._dynamo_marked_constant = True  # torch.compiler.assume_constant_result(pin), which would import the compiler
+
+
+@functools.lru_cache(maxsize=1024)
+def _fastest(device: torch.device, dtype: torch.dtype, route: str, cell: Cell) -> str:
+    return _verified(device, dtype, route, cell, False)[0]
+
+
+@functools.lru_cache(maxsize=1024)
+def _verified(device: torch.device, dtype: torch.dtype, route: str, cell: Cell, ranks: bool) -> tuple[str, ...]:
+    record = record_of(device)
+    if record is None:
+        return ("torch",)
+    found = record.fastest(str(dtype).removeprefix("torch."), route, cell, ranks)
+    return *(name for name in found if not backends.why_unusable(name, device, dtype)), "torch"
+
+
+# This machine's record (barlow_fused/verification)
+
+_records: dict[torch.device, Record | None] = {}
+_reading = threading.Lock()
+_logger = logging.getLogger("barlow_fused")
+
+
+def record_of(device: torch.device) -> Record | None:
+    """The record of the GPU, looked for once a process: what a process chooses never changes while it runs."""
+    if device not in _records:
+        with _reading:  # autograd has threads of its own
+            if device not in _records:
+                _records[device] = _look_for_record(device)
+    return _records[device]
+
+
+def verify_first(device: torch.device, wanted: bool = True) -> None:
+    """For programs, before they compute: have ``device`` verified unless it is, or they or the environment say no."""
+    os.environ.setdefault("BARLOW_FUSED_VERIFY", "block" if wanted else "never")
+    record_of(device)
+
+
+def forget() -> None:
+    """Look for records again. What has been computed until now may have been chosen by another one."""
+    _records.clear()
+    _fastest.cache_clear()
+    _verified.cache_clear()
+
+
+def _look_for_record(device: torch.device) -> Record | None:
+    if not installed(device):
+        return None
+    when = os.environ.get("BARLOW_FUSED_VERIFY") or "ask"
+    if when not in VERIFY:
+        raise ValueError(f"BARLOW_FUSED_VERIFY must be one of {', '.join(map(repr, VERIFY))}, got {when!r}")
+    this = key(device)
+    found = find(this)
+    if found.record is None and when == "block":
+        why_not = ensure(device)
+        found = find(this)
+        if found.record is None:
+            why_not = why_not or "; ".join(found.problems) or f"{found.path} is not there"
+            _logger.warning("barlow_fused runs on PyTorch's operators on %s: %s", this["gpu"], why_not)
+    elif found.record is None and when == "ask" and os.environ.get("LOCAL_RANK", "0") == "0":
+        _logger.warning(
+            "barlow_fused runs on PyTorch's operators on %s: its fused kernels (%s) have not been verified there%s. "
+            "`barlow-fused verify` does that, once and within a minute, and where they are faster they are taken from "
+            "the next start on. BARLOW_FUSED_VERIFY=never silences this line.",
+            this["gpu"],
+            ", ".join(installed(device)),
+            "".join(f" ({problem})" for problem in found.problems),
+        )
+    return found.record
 
 
 # What is set

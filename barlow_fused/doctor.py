@@ -14,8 +14,10 @@ import warnings
 import torch
 
 from . import backends, nvcc
-from .choice import choose_backend, choose_route, configured, fastest
+from .choice import choose_backend, choose_route, configured
 from .planning.devices import cpu_model
+from .verification.key import installed, key
+from .verification.record import PASSED, Cell, Record, find
 from .version import __version__
 
 LIBRARIES = ("torch", "triton", "numpy")
@@ -25,6 +27,7 @@ EXTRAS = (
 )
 VARIABLES = (
     *("BARLOW_FUSED_ROUTE", "BARLOW_FUSED_BACKEND", "BARLOW_FUSED_CUDA"),
+    *("BARLOW_FUSED_VERIFY", "BARLOW_FUSED_CACHE_DIR"),
     *("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CUDACXX"),
 )
 
@@ -93,6 +96,8 @@ def format_report(found: dict) -> str:
         lines.append(_line("GPU", "none that PyTorch can use"))
     for device, on_device in found["backends"].items():
         lines += ["", f"backends on {device}", _line("auto", on_device["auto"])]
+        lines += [_line("record", on_device["record"])] if on_device["record"] else []
+        lines += [_line("", text) for text in on_device["not_verified"]]
         lines += [_line(name, reason or "usable") for name, reason in on_device["why_unusable"].items()]
     lines += ["", "settings"]
     lines += [_line(name, value, 24) for name, value in settings["environment"].items()]
@@ -130,7 +135,29 @@ def _gpu(index: int) -> dict:
 
 def _backends(device: torch.device) -> dict:
     reasons = {name: backends.why_unusable(name, device) for name in backends.BACKENDS}
-    return {"auto": fastest(device), "why_unusable": reasons}
+    if not installed(device):
+        return {"auto": "torch", "record": None, "not_verified": [], "why_unusable": reasons}
+    found = find(key(device))
+    if found.record is None:
+        auto = "torch: the other backends have not been verified here, which `barlow-fused verify` does"
+        return {"auto": auto, "record": None, "not_verified": list(found.problems), "why_unusable": reasons}
+    failed = [f"{unit} {outcome}: {why}" for unit, outcome, why in found.record.outcomes if outcome != PASSED]
+    return {
+        "auto": _taken(found.record),
+        "record": str(found.path),
+        "not_verified": [*found.problems, *failed],
+        "why_unusable": reasons,
+    }
+
+
+def _taken(record: Record) -> str:
+    """How often "auto" takes which backend, over the shapes that were timed."""
+    counts = {}
+    for t in record.times:
+        taken = next(iter(record.fastest(t.dtype, t.route, Cell.of(t.n, t.d))), "torch")
+        counts[taken] = counts.get(taken, 0) + 1
+    shares = ", ".join(f"{name} for {count}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
+    return f"{shares or 'torch for all'} of {len(record.times)} timed shapes and dtypes, by the record"
 
 
 def _settings_problem() -> str | None:

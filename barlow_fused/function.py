@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import backends
 from .backends.operations import Weights
-from .choice import resolve_backend
+from .choice import pin, resolve_backend
 from .normalization import Normalization
 from .reference import BarlowTwinsTerms
 
@@ -34,7 +34,9 @@ class Spec(NamedTuple):
 
 def apply(z_a: Tensor, z_b: Tensor, spec: Spec) -> BarlowTwinsTerms:  # [N, D], [N, D]
     """The loss and its two terms, differentiable."""
-    if not torch.compiler.is_compiling():  # the operators do this themselves
+    if torch.compiler.is_compiling():  # the operators do it themselves, and the graph remembers by what
+        spec = spec._replace(backend=pin(spec.backend, z_a.device))
+    else:
         spec = _resolve(spec, z_a)
     if torch._C._are_functorch_transforms_active():
         return BarlowTwinsTerms(*_FunctionalTransformFunction.apply(z_a, z_b, spec)[:3])
@@ -136,7 +138,7 @@ def _unflatten(
 
 
 def _resolve(spec: Spec, z: Tensor) -> Spec:
-    return spec._replace(backend=resolve_backend(spec.backend, z.device, z.dtype, shape=z.shape))
+    return spec._replace(backend=resolve_backend(spec.backend, z.device, z.dtype, None, z.shape, spec.route))
 
 
 _SPEC_SCHEMA = "str backend, str route, float lambd, float scale, int correction, float eps, str eps_added_to"

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from barlow_fused.backends import accelerator
+from barlow_fused.choice import verify_first
 
 from . import compare, machine, report, results
 from .accuracy import TOLERANCES
@@ -75,6 +76,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="S",
         help="for the whole run: rounds are cut, compilations that would not fit are skipped",
     )
+    parser.add_argument(
+        "--no-verify", action="store_true", help="on a GPU whose kernels have not been verified, do not do that first"
+    )
     parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory")
     parser.add_argument("--brief", action="store_true", help="print only one line a shape: fused against eager")
     parser.add_argument("--json", type=_file, metavar="FILE", help="write everything there, after every shape")
@@ -106,6 +110,8 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] and argv[0] in COMMANDS:
         return importlib.import_module(f".{argv[0]}", __package__).main(argv[1:])
     args = parse(argv)
+    if args.device == "cuda":
+        verify_first(torch.device("cuda", torch.cuda.current_device()), not args.no_verify)
     settings = Settings(
         device=torch.device(args.device),
         dtype=DTYPES[args.dtype],

@@ -122,6 +122,7 @@ void bind(py::module_& module, const char* name, void (*launch)(const Params&, S
 
 PYBIND11_MODULE(BARLOW_MODULE, module) {
   module.doc() = "The CUDA kernels of barlow_fused; barlow_fused/backends/cuda_backend.py calls them.";
+  module.attr("sources") = BARLOW_SOURCES;  // a hash of csrc/
 #ifdef BARLOW_EMULATION
   module.attr("emulated") = true;
   module.def("emulate", [](int capability, int multiprocessors) {  // 90: a device of compute capability 9.0

@@ -40,6 +40,11 @@ def pytest_configure(config: pytest.Config) -> None:
         cache = tempfile.TemporaryDirectory(prefix="inductor-")
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache.name
         config.add_cleanup(cache.cleanup)
+    if "BARLOW_FUSED_CACHE_DIR" not in os.environ:  # records of verified kernels
+        records = tempfile.TemporaryDirectory(prefix="records-")
+        os.environ["BARLOW_FUSED_CACHE_DIR"] = records.name
+        config.add_cleanup(records.cleanup)
+    os.environ.setdefault("BARLOW_FUSED_VERIFY", "never")
     workers = config.getoption("numprocesses", None) or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
     os.environ.setdefault("MALLOC_MMAP_MAX_", "0")

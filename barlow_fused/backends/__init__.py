@@ -64,6 +64,9 @@ def why_unusable(
 def _why_no_triton(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    if os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y"):
-        return None  # Triton's interpreter runs anywhere, slowly
-    return why_no_gpu(device)
+    return None if interpreted() else why_no_gpu(device)
+
+
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter: anywhere, slowly."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")

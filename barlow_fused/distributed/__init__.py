@@ -13,7 +13,7 @@ P ranks hold n_r samples each, N together. ``C = A_hat^T B_hat / N`` is a sum ov
 The route follows from the global N, so it is the same everywhere. What travels (a rank's share, size = the inputs'):
 
                   Gram                                       direct
-    header        all_gather, 17 int64                       the same
+    header        all_gather, 19 int64                       the same
     inputs        2 all_to_all, n D size each                -
     statistics    -                                          all_gather, 4 D float64 (statistics="global")
     product       2 all_reduce, about N^2/2 float32 each     1 all_reduce, D^2 + D float32
@@ -27,8 +27,7 @@ b's is computed. Half-precision inputs and gradients travel as they are. K and C
 ``reduce_dtype`` says otherwise (by itself K is summed in float64 for float64 inputs, and by the torch backend below 128
 samples, where it is small).
 
-Local work is done by a backend's operations on a part of a batch (backends/torch_partial.py says which these are): the
-torch backend's on every device, or the Triton backend's where it is asked for.
+Local work is done by a backend's operations on a part of a batch (backends/torch_partial.py says which these are).
 
 **The header** is agreement.py: ranks that disagree, or of which one was given something invalid, all raise before
 anyone waits for data that never comes.

@@ -4,6 +4,9 @@
 something invalid: all of them raise. It costs one small collective a call, on the CPU if the group can (as after
 ``init_process_group()`` without a backend, or with "cpu:gloo,cuda:nccl"), else on the GPU, where reading it waits for
 the stream.
+
+It also carries what each rank's GPU has been verified for: ``backend="auto"`` is the first backend, in rank 0's order,
+that every rank may take.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..arguments import DTYPES, GRADIENTS, REDUCE_DTYPES, STATISTICS, Options, check_inputs, finite
-from ..choice import ROUTES, choose_backend, choose_route
+from ..choice import ROUTES, choose_backend, choose_route, fastest_over_ranks
 from ..normalization import resolve_normalization
 from .collectives import gather
 from .part import Part, Rules
@@ -26,8 +29,9 @@ if TYPE_CHECKING:
     from ..arguments import Group
 
 DEVICES = ("cpu", "cuda")
-FIELDS = 17  # of the header
+FIELDS = 19  # of the header
 PARTIAL = ("torch", "triton", "cuda")  # backends that can work on a part of a batch
+BASE = len(PARTIAL) + 1
 
 
 def resolve_group(group: Group) -> dist.ProcessGroup:
@@ -58,7 +62,8 @@ def agree(z_a: Tensor, z_b: Tensor, options: Options, group: dist.ProcessGroup) 
     own, rules, problem = [0] * FIELDS, None, None
     try:
         rules = _resolve(z_a, z_b, options, group)
-        own = [1, *_fields(z_a, z_b, rules).values()]
+        fields = {**_fields(z_a, z_b, rules), **_verified(z_a, rules, group.size())}
+        own = [1, *fields.values()]
     except Exception as error:  # the others must hear of it, whatever it is
         problem = error
     on_cpu = "cpu:" in dist.get_backend_config(group)
@@ -71,8 +76,9 @@ def agree(z_a: Tensor, z_b: Tensor, options: Options, group: dist.ProcessGroup) 
     invalid = [str(other) for other, row in enumerate(rows) if not row[0]]
     if invalid:
         raise RuntimeError(f"the loss was given invalid arguments on rank {', '.join(invalid)} of the group: see there")
-    columns = dict(zip(_fields(z_a, z_b, rules), list(zip(*rows, strict=True))[1:], strict=True))
+    columns = dict(zip(fields, list(zip(*rows, strict=True))[1:], strict=True))
     sizes = columns.pop("N")
+    verified = {route: columns.pop(f"verified for {route}") for route in ROUTES}
     for name, values in columns.items():
         other = next((other for other, value in enumerate(values) if value != values[0]), None)
         if other is not None:
@@ -87,7 +93,10 @@ def agree(z_a: Tensor, z_b: Tensor, options: Options, group: dist.ProcessGroup) 
         )
     needs = (bool(columns["the gradient of z_a"][0]), bool(columns["the gradient of z_b"][0]))
     d = z_a.shape[1]
-    return Part(group, rank, sizes, d, needs, choose_route(rules.route, sum(sizes), d), rules)
+    route = choose_route(rules.route, sum(sizes), d)
+    if rules.backend == "auto":
+        rules = rules._replace(backend=_common(verified[route]))
+    return Part(group, rank, sizes, d, needs, route, rules)
 
 
 def _resolve(z_a: Tensor, z_b: Tensor, options: Options, group: dist.ProcessGroup) -> Rules:
@@ -98,12 +107,12 @@ def _resolve(z_a: Tensor, z_b: Tensor, options: Options, group: dist.ProcessGrou
             f"z_a and z_b are on {z_a.device}, where group cannot communicate: its backends are "
             f"{dist.get_backend_config(group)}"
         )
-    backend = choose_backend(options.backend, z_a.device, z_a.dtype)
-    if backend not in PARTIAL:
-        if choose_backend(options.backend) != "auto":
+    backend = choose_backend(options.backend)
+    if backend != "auto":
+        choose_backend(backend, z_a.device, z_a.dtype)  # raises where it cannot run
+        if backend not in PARTIAL:
             accepted = ", ".join(map(repr, ("auto", *PARTIAL)))
             raise RuntimeError(f"backend={backend!r} does not run over several processes: accepted are {accepted}")
-        backend = "torch"
     return Rules(
         finite("lambd", options.lambd),
         finite("scale", options.scale),
@@ -127,7 +136,7 @@ def _fields(z_a: Tensor, z_b: Tensor, rules: Rules) -> dict[str, int]:
         "the gradient of z_a": int(grad and z_a.requires_grad),
         "the gradient of z_b": int(grad and z_b.requires_grad),
         "route": ("auto", *ROUTES).index(rules.route),
-        "backend": PARTIAL.index(rules.backend),
+        "backend": ("auto", *PARTIAL).index(rules.backend),
         "gradient": GRADIENTS.index(rules.gradient),
         "statistics": STATISTICS.index(rules.statistics),
         "reduce_dtype": REDUCE_DTYPES.index(rules.reduce_dtype),
@@ -139,6 +148,27 @@ def _fields(z_a: Tensor, z_b: Tensor, rules: Rules) -> dict[str, int]:
     }
 
 
+def _verified(z: Tensor, rules: Rules, ranks: int) -> dict[str, int]:
+    """The backends that this rank may take, by route, the fastest first, as the digits of a number."""
+    n, d = z.shape
+    numbers = {}
+    for route, shape in (("gram", (n * ranks, max(1, d // ranks))), ("direct", (n, d))):  # what a rank multiplies
+        names = fastest_over_ranks(z.device, z.dtype, shape, route) if rules.backend == "auto" else ()
+        digits = [PARTIAL.index(name) + 1 for name in names]
+        numbers[f"verified for {route}"] = sum(digit * BASE**place for place, digit in enumerate(digits))
+    return numbers
+
+
+def _common(numbers: tuple[int, ...]) -> str:
+    """The first backend of rank 0's that all ranks may take; PyTorch's operators are always among them."""
+    of_ranks = [[PARTIAL[digit - 1] for digit in _digits(number)] for number in numbers]
+    return next(name for name in of_ranks[0] if all(name in names for names in of_ranks))
+
+
+def _digits(number: int) -> list[int]:
+    return [number % BASE, *_digits(number // BASE)] if number else []
+
+
 def _describe(name: str, value: int) -> str:
     """A field of the header, as the user knows it."""
     names = {
@@ -147,7 +177,7 @@ def _describe(name: str, value: int) -> str:
         "the gradient of z_a": ("not needed", "needed"),
         "the gradient of z_b": ("not needed", "needed"),
         "route": ("auto", *ROUTES),
-        "backend": PARTIAL,
+        "backend": ("auto", *PARTIAL),
         "gradient": GRADIENTS,
         "statistics": STATISTICS,
         "reduce_dtype": REDUCE_DTYPES,

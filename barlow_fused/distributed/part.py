@@ -23,7 +23,7 @@ class Rules(NamedTuple):
     scale: float
     normalization: Normalization | None
     route: str  # may still be "auto"
-    backend: str
+    backend: str  # may be "auto" until the ranks have agreed
     gradient: str
     statistics: str
     reduce_dtype: torch.dtype | None

@@ -151,8 +151,10 @@ def plan(
         accepted = ", ".join(f"torch.{_name(accepted)}" for accepted in DTYPES)
         raise (ValueError if isinstance(dtype, torch.dtype) else TypeError)(f"dtype must be {accepted}, got {dtype!r}")
     target = resolve_device(device)
-    backend = choose_backend(backend, target.torch_device, dtype, None if target.here else target.capability, (n, d))
-    chosen = choose_route(route, n, d, backend)
+    named = choose_backend(backend)  # "reference" knows one route only; which one "auto" is follows from the route
+    chosen = choose_route(route, n, d, named)
+    capability = None if target.here else target.capability
+    backend = choose_backend(backend, target.torch_device, dtype, capability, (n, d), chosen)
     problem = Problem(n, d, dtype, target, world_size, chosen)
     fused, usual = COSTS[backend](problem), usual_cost(problem)
     if world_size > 1:

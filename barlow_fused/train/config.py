@@ -45,6 +45,7 @@ class RunConfig:
     epochs: Annotated[int, "passes over the training images, the length of the learning rate's schedule"] = 60
     steps: Annotated[int | None, "stop after this many optimiser steps, wherever the schedule then is"] = None
     device: Annotated[Literal["auto", "cpu", "cuda"], "auto takes a CUDA GPU if there is one"] = "auto"
+    verify: Annotated[bool, "on a GPU whose kernels have not been verified, do that first; takes a minute, once"] = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,7 +194,7 @@ def combine(*layers: Mapping[str, Any]) -> Config:
     return Config(**{**PRESETS[preset], **values, "preset": preset})
 
 
-MAY_CHANGE = {"out", "resume", "steps", "device", "workers", "data_dir", "download", "log_every", "knn_every"}
+MAY_CHANGE = {"out", "resume", "steps", "device", "verify", "workers", "data_dir", "download", "log_every", "knn_every"}
 MAY_CHANGE |= {"knn_images", "checkpoint_every", "keep"}  # none of these changes what a step computes
 
 

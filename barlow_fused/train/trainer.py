@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 
+from ..choice import verify_first
 from ..version import __version__
 from . import augment, checkpoint, datasets, evaluate, model, optim, pictures, processes
 from .checkpoint import CheckpointError
@@ -86,6 +87,8 @@ def train(config: Config, console: Console) -> None:
     config = dataclasses.replace(config, device=choose_device(config.device))
     by = processes.start(config.device)
     console.quiet |= not by.first
+    if config.device == "cuda" and config.loss == "fused":
+        verify_first(torch.device("cuda", by.local_rank), config.verify)
     images = load_images(config, by)
     config = resolve(config, images, by)
     device = torch.device(config.device, by.local_rank) if config.device == "cuda" else torch.device("cpu")

@@ -248,7 +248,7 @@ def number_and_size_of_collectives() -> None:
     local = n // ranks
     triangle = sum(torch_partial.panel_sizes(n))  # of K
     assert n * (n + 1) / 2 <= triangle <= n * (n + torch_partial.PANEL) / 2
-    header = ("all_gather_into_tensor", torch.int64, 17)
+    header = ("all_gather_into_tensor", torch.int64, 19)
     for gradient in ("official", "lightly"):
         weights = [("all_reduce", torch.float64, 3 * ranks if gradient == "official" else 3)]
         for dtype in (torch.float32, torch.bfloat16):
