@@ -1,9 +1,10 @@
 """Everything that needs a GPU, in one command and within nine minutes: ``make verify-gpu``.
 
-Builds the extension, runs the tests marked gpu, the compute-sanitizer target and the presets paper, wide and tall. It
-leaves two files to commit in benchmarks/results: <name>.json, the run that tables are made of, and <name>.log, all that
-was printed. A step has what stands beside it and the time that those before it did not use; a step that runs over
-is ended, and the others go on. Exit code 0 if all of them succeeded.
+Builds the extension, has the kernels verified (``barlow-fused verify``), runs the tests marked gpu, the
+compute-sanitizer target and the presets paper, wide and tall. It leaves three files to commit in benchmarks/results:
+<name>.json, the run that tables are made of, <name>-record.json, which barlow_fused/verification/shipped/ takes, and
+<name>.log, all that was printed. A step has what stands beside it and the time that those before it did not use; one
+that runs over is ended, and the others go on. Exit code 0 if all of them succeeded.
 
 python -m benchmarks verify --name h200
 """
@@ -39,15 +40,17 @@ class Step:
 
 def steps(results_file: Path) -> list[Step]:
     """What is run, in this order; {seconds} is what the step has left."""
+    record = results_file.with_name(f"{results_file.stem}-record.json")
     benchmark = ("-m", "benchmarks", "--device", "cuda", "--preset", "paper,wide,tall", "--seconds", "4")
     return [
         Step("build", (sys.executable, "setup.py", "build_ext", "--inplace"), 90),
-        Step("tests", (sys.executable, "-m", "pytest", "-m", "gpu", "--tb=short"), 200),
-        Step("compute-sanitizer", ("make", "compute-sanitizer", f"RUN={sys.executable}", "EXTENSION="), 70),
+        Step("verify", (sys.executable, "-m", "barlow_fused", "verify", "--again", "--output", str(record)), 75),
+        Step("tests", (sys.executable, "-m", "pytest", "-m", "gpu", "--tb=short"), 175),
+        Step("compute-sanitizer", ("make", "compute-sanitizer", f"RUN={sys.executable}", "EXTENSION="), 60),
         Step(
             "presets",
             (sys.executable, *benchmark, "--budget", "{seconds}", "--json", str(results_file)),
-            TOTAL_SECONDS - 90 - 200 - 70,
+            TOTAL_SECONDS - 90 - 75 - 175 - 60,
         ),
     ]
 

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import forked
 import torch
@@ -36,7 +37,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from barlow_fused import BarlowTwinsLoss, Normalization, barlow_twins_loss
+from barlow_fused.arguments import Options
 from barlow_fused.backends import torch_partial
+from barlow_fused.distributed import agreement
 from barlow_fused.integrations import patch
 from barlow_fused.planning.plan import plan
 from barlow_fused.reference import reference_loss, standardize
@@ -562,6 +565,38 @@ def invalid_arguments_on_one_rank_are_an_error_on_every_rank() -> None:
         arguments = {"z_a": good, "z_b": good, **(wrong if odd else {})}
         with raises(kind if odd else RuntimeError, message if odd else f"invalid arguments on rank {ranks - 1}"):
             barlow_twins_loss(**arguments, group="world", gradient="official")
+
+
+@check
+def auto_is_what_every_rank_has_verified() -> None:
+    """By the header, in rank 0's order; PyTorch's operators where there is nothing else."""
+    rank, last = dist.get_rank(), dist.get_world_size() - 1
+    everywhere, some, none = ("cuda", "triton", "torch"), ("triton", "torch"), ("torch",)
+    shapes = []
+
+    def order(device: torch.device, dtype: torch.dtype, shape: tuple[int, int], route: str) -> tuple[str, ...]:
+        shapes.append((route, shape))
+        return of_last[route] if rank == last else everywhere
+
+    for gram, direct in ((everywhere, everywhere), (some, ("triton", "cuda", "torch")), (none, some)):
+        of_last = {"gram": gram, "direct": direct}
+        for route, on_last in of_last.items():
+            with mock.patch.object(agreement, "fastest_over_ranks", order):
+                z_a, z_b = map(own, views(16, 400))
+                part = agreement.agree(z_a, z_b, Options(route=route, gradient="official"), dist.group.WORLD)
+            of_first = everywhere if last else on_last
+            assert part.rules.backend == next(name for name in of_first if name in on_last)
+    ranks = last + 1
+    n = len(own(torch.empty(16, 1)))
+    assert set(shapes) == {("gram", (n * ranks, 400 // ranks)), ("direct", (n, 400))}
+    if last:
+        with raises(ValueError, "disagree on backend: auto on rank 0, torch on rank"):
+            barlow_twins_loss(
+                *map(own, views(16, 40)),
+                group="world",
+                gradient="official",
+                backend="torch" if rank == last else "auto",
+            )
 
 
 @check

@@ -8,9 +8,12 @@ import pytest
 import torch
 from cases import NORMALIZATIONS, ROUTES, answer, assert_close, error, oracle, views
 
-from barlow_fused import barlow_twins_loss
+from barlow_fused import barlow_twins_loss, choice
+from barlow_fused.__main__ import main
 from barlow_fused.backends import why_unusable
 from barlow_fused.planning.plan import plan
+from barlow_fused.verification import record
+from barlow_fused.verification.key import key
 
 GPU = torch.device("cuda", 0)
 HAS_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability(GPU) >= (8, 0)
@@ -215,3 +218,21 @@ def test_accuracy(fused, n, d, normalization, dtype, route):
     z_a, z_b = (z.to(GPU) for z in views(n, d, dtype))
     loss = fused(route=route, normalization=normalization if normalization is not None else "none")
     assert_close(answer(loss, z_a, z_b), z_a, z_b, normalization)
+
+
+@gpu
+def test_verify_makes_a_record_that_auto_follows(tmp_path, monkeypatch):
+    """In the time that it promises; what it has verified is right, and taken where it is faster."""
+    monkeypatch.setenv("BARLOW_FUSED_CACHE_DIR", str(tmp_path))
+    assert main(["verify", "--device", "cuda:0"]) == 0
+    found = record.find(key(GPU))
+    assert found.record is not None
+    assert [o for o in found.record.outcomes if o.outcome == record.FAILED] == []
+    choice.forget()
+    try:
+        for t in found.record.times:
+            fastest = (*found.record.fastest(t.dtype, t.route, record.Cell.of(t.n, t.d)), "torch")[0]
+            dtype = getattr(torch, t.dtype)
+            assert choice.resolve_backend("auto", GPU, dtype, None, (t.n, t.d), t.route) == fastest
+    finally:
+        choice.forget()
