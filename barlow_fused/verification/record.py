@@ -33,6 +33,7 @@ SAMPLE_EDGES = (128, 512, 2048)
 FEATURE_EDGES = (4096, 23170)
 MARGIN = 0.95  # of the torch backend's time: a backend that is hardly faster is not taken
 
+LATE = "the time had run out"  # a reason for UNKNOWN
 PASSED, FAILED, UNKNOWN = "passed", "failed", "could not check"
 
 

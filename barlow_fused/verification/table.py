@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from .record import FAILED, PASSED, UNKNOWN, Cell, Record, Unit
+from .record import FAILED, LATE, PASSED, UNKNOWN, Cell, Record, Unit
 
 DTYPES = ("bfloat16", "float32", "float16")
 SHOWN = {PASSED: "ok", FAILED: "FAILED", UNKNOWN: "unchecked", None: ""}
@@ -81,4 +81,6 @@ def _sentences(record: Record) -> list[str]:
         for (outcome, why), which in units.items()
         for line in textwrap.wrap(f"{outcome}: {'; '.join(which)}: {why}", 80, subsequent_indent="  ")
     ]
+    if any(LATE in why for _, why in units):
+        lines.append("More time: barlow-fused verify --again --seconds 180")
     return ["", *lines] if lines else []

@@ -28,7 +28,7 @@ import torch
 from . import ensure
 from .checks import checks
 from .key import installed, key
-from .record import FAILED, PASSED, UNKNOWN, Outcome, Record, Times, Unit
+from .record import FAILED, LATE, PASSED, UNKNOWN, Outcome, Record, Times, Unit
 from .speed import pending
 
 COMMAND = (sys.executable, "-m", "barlow_fused.verification.child")
@@ -99,8 +99,7 @@ class _Work:
             thread.start()
         for thread in threads:
             thread.join()
-        late = "the time had run out"
-        return [self._outcomes.get(unit, Outcome(unit, UNKNOWN, late)) for unit in todo]
+        return [self._outcomes.get(unit, Outcome(unit, UNKNOWN, LATE)) for unit in todo]
 
     def _run(self) -> None:
         child = None
@@ -110,9 +109,12 @@ class _Work:
                     unit = self._todo.get_nowait()
                 except queue.Empty:
                     return
-                if child is None or child.ended:
-                    child = _Child(self._device, self._command, self._deadline)
-                outcome = self._check(child, unit)
+                try:
+                    if child is None or child.ended:
+                        child = _Child(self._device, self._command, self._deadline)
+                    outcome = self._check(child, unit)
+                except (OSError, ValueError) as error:  # no process can be started, or it talks nonsense
+                    outcome = Outcome(unit, UNKNOWN, f"its process could not be followed: {error}")
                 if outcome is None:
                     self._todo.put(unit)  # for the processes that have the device
                     return
@@ -243,7 +245,7 @@ class _Child:
         """The outcome of what it was doing, and one sentence."""
         code = self._process.returncode
         if self._killed == "late":
-            return UNKNOWN, f"{doing}: the time had run out"
+            return UNKNOWN, f"{doing}: {LATE}"
         if self._killed == "silent":
             return FAILED, f"{doing}: it did not end within {PATIENCE:.0f} s"
         if code is not None and code < 0:

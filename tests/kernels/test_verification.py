@@ -6,6 +6,7 @@ compiled for the CPU play a GPU's kernels; only the times are invented, by which
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -108,6 +109,18 @@ def test_two_processes_that_verify_at_once_before_their_first_call(tmp_path, fau
         loss, grad = torch.load(tmp_path / name)
         assert error(loss, ref.loss) < 1e-5
         assert error(grad, ref.grad_a) < 1e-5
+
+
+def test_a_gpu_in_exclusive_mode(tmp_path):
+    """Our own processes take turns; where another's has it, nothing could be checked, and nothing has failed."""
+    mode = {"BARLOW_FUSED_MODE": "exclusive", "BARLOW_FUSED_TESTED": "float32"}
+    (record,) = json.loads(run(tmp_path, *VERIFY, "--json", **mode).stdout)
+    assert {o["outcome"] for o in record["outcomes"]} == {"passed"}
+    with (tmp_path / "device").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        (record,) = json.loads(run(tmp_path, *VERIFY, "--again", "--json", **mode).stdout)
+    assert {o["outcome"] for o in record["outcomes"]} == {"could not check"}
+    assert all("the GPU is in exclusive mode and taken" in o["why"] for o in record["outcomes"])
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -7,11 +7,14 @@ never ends. The command starts this file again for the processes that run kernel
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +42,19 @@ def main(argv: list[str]) -> int:
         return command.main(rest)
     for fault in faults:
         plant(fault)
-    return child.main(rest)
+    with _the_device_to_itself() if "exclusive" in os.environ.get("BARLOW_FUSED_MODE", "") else nullcontext():
+        return child.main(rest)
+
+
+@contextmanager
+def _the_device_to_itself() -> Iterator[None]:
+    """As a GPU in exclusive mode: a second process cannot use it."""
+    with Path(os.environ["BARLOW_FUSED_CACHE_DIR"], "device").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable") from None
+        yield
 
 
 def environment(cache: Path) -> dict[str, str]:
