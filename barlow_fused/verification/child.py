@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         def tell(**message: Any) -> None:
             out.write(json.dumps(message) + "\n")
 
-        torch.zeros(1, device=args.device).add_(1)  # a device that cannot be used says so now
+        torch.ones(1, device=args.device).item()  # a device that cannot be used says so now
         tell(ready=True)
         for line in sys.stdin:
             task = json.loads(line)
