@@ -7,6 +7,7 @@ from .loss import BarlowTwinsLoss, barlow_twins_loss, cross_correlation
 from .normalization import Normalization
 from .reference import BarlowTwinsTerms
 from .version import __version__
+from .width import LossFloor, kappa, loss_floor, suggest_lambda
 
 if TYPE_CHECKING:
     from .planning.plan import Plan, plan
@@ -14,13 +15,17 @@ if TYPE_CHECKING:
 __all__ = [
     "BarlowTwinsLoss",
     "BarlowTwinsTerms",
+    "LossFloor",
     "Normalization",
     "Plan",
     "__version__",
     "barlow_twins_loss",
     "configure",
     "cross_correlation",
+    "kappa",
+    "loss_floor",
     "plan",
+    "suggest_lambda",
 ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from numbers import Real
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 import torch
@@ -96,3 +96,12 @@ def finite(name: str, value: float) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value}")
     return float(value)
+
+
+def integer(name: str, value: int, least: int) -> int:
+    """A whole number of at least ``least``, as an int."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__} ({value!r})")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return int(value)

@@ -34,7 +34,7 @@ from .timing import MODES
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCES}
 PEERS = "eager,compile,lightly,solo-learn,fft-relaxed,fused"
 SECONDS = 5.0
-COMMANDS = ("profile", "host", "compare", "readme", "verify")  # files of this folder with a main() of their own
+COMMANDS = ("profile", "host", "compare", "readme", "verify", "width")  # they have a main() of their own
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -8,11 +8,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import textwrap
-from numbers import Integral
 
 import torch
 
-from ..arguments import DTYPES
+from ..arguments import DTYPES, integer
 from ..choice import choose_backend, choose_route, why_route
 from .cost import COSTS, Cost, Problem, usual_cost
 from .devices import resolve_device
@@ -144,7 +143,7 @@ def plan(
         TypeError, ValueError: an argument is not as above; the message names it.
         RuntimeError: the backend asked for cannot run there.
     """
-    n, d, world_size = _integer("n", n, 2), _integer("d", d, 1), _integer("world_size", world_size, 1)
+    n, d, world_size = integer("n", n, 2), integer("d", d, 1), integer("world_size", world_size, 1)
     if n % world_size:
         raise ValueError(f"n must be divisible by world_size (ranks share it equally), got {n} and {world_size}")
     if dtype not in DTYPES:
@@ -217,11 +216,3 @@ def _three_digits(value: float) -> str:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _integer(name: str, value: int, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__} ({value!r})")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    return int(value)

@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal
 
 import tomli_w
 
+from ..width import LossFloor, loss_floor, suggest_lambda
 from .presets import PRESETS, preset_of
 
 if sys.version_info >= (3, 11):
@@ -52,7 +53,9 @@ class RunConfig:
 class DataConfig:
     """images"""
 
-    data: Annotated[str, "digits, cifar10, cifar100, stl10, imagefolder:DIR (DIR/train, DIR/val) or fake"] = "digits"
+    data: Annotated[
+        str, "digits, fashion-mnist, cifar10, cifar100, stl10, imagefolder:DIR (DIR/train, DIR/val) or fake"
+    ] = "digits"
     data_dir: Annotated[Path, "where torchvision's data sets are"] = Path("data")
     download: Annotated[bool, "get a data set that is not in --data-dir"] = False
     augmentation: Annotated[Literal["official", "digits"], "the paper's views, or a written digit's"] = "digits"
@@ -77,7 +80,9 @@ class LossConfig:
     """loss"""
 
     loss: Annotated[Literal["fused", "reference"], "barlow_fused's kernels or plain PyTorch"] = "fused"
-    lambd: Annotated[float, "weight of the off-diagonal (redundancy reduction) sum"] = 0.0005
+    kappa: Annotated[
+        float, "sets the off-diagonal sum's weight: lambda = kappa / (D / (N - 1) - 1), see docs/width.md"
+    ] = 0.02
     gradient: Annotated[
         Literal["lightly", "official"], "on P processes: the loss's gradient, or 1/P of it as the paper's code"
     ] = "lightly"
@@ -128,7 +133,7 @@ class Config(MonitorConfig, OptimizerConfig, LossConfig, ModelConfig, DataConfig
         _check(self.image_size is None or self.image_size >= 8, "image_size", "at least 8", self.image_size)
         well_formed = re.fullmatch(r"[1-9][0-9]*(-[1-9][0-9]*)*", self.projector) is not None
         _check(well_formed, "projector", "positive widths joined by '-', such as 512-8192", self.projector)
-        for name in ("lambd", "weight_decay", "warmup_epochs", "momentum"):
+        for name in ("kappa", "weight_decay", "warmup_epochs", "momentum"):
             value = getattr(self, name)
             _check(math.isfinite(value) and value >= 0, name, "finite and at least 0", value)
         for name in ("lr_weights", "lr_biases", "trust_coefficient"):
@@ -142,6 +147,16 @@ class Config(MonitorConfig, OptimizerConfig, LossConfig, ModelConfig, DataConfig
     def projector_widths(self) -> list[int]:
         """The widths of the projector's layers; the last is the loss's D."""
         return [int(width) for width in self.projector.split("-")]
+
+    @property
+    def lambd(self) -> float:
+        """The loss's λ, for N images of all processes, whose statistics the loss takes together."""
+        return suggest_lambda(self.batch_size, self.projector_widths[-1], self.kappa)
+
+    @property
+    def loss_floor(self) -> LossFloor:
+        """What the loss cannot get below."""
+        return loss_floor(self.batch_size, self.projector_widths[-1], self.lambd)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values: what TOML and a checkpoint can hold. What was left open is left out."""

@@ -6,6 +6,7 @@ A data set that is not there says where it was looked for and how to get it.
 from __future__ import annotations
 
 import dataclasses
+import gzip
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from .config import ConfigError
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 CIFAR_MEAN, CIFAR_STD = [0.4914, 0.4822, 0.4465], [0.247, 0.2435, 0.2616]
 DIGITS_TEST = 360
+FASHION_OF_DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # of the package dataset-fashion-mnist
 FAKE_IMAGES = 1_281_167  # as many as ImageNet's, so that a preset's epochs are as long
 FAKE_SIZE = 32  # pixels
 
@@ -83,7 +85,20 @@ def load(name: str, folder: Path, download: bool = False, fake_size: int = FAKE_
         ) from error
 
 
-class Digits(Dataset):
+class InMemory(Dataset):
+    """Images that are all in memory."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:  # uint8 [M, C, H, W], [M]
+        self.images, self.labels = images, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], int(self.labels[index])
+
+
+class Digits(InMemory):
     """1797 real handwritten digits of 8 x 8 grey pixels (UCI ML, E. Alpaydin and C. Kaynak 1998), or a part of them."""
 
     def __init__(self, train: bool) -> None:
@@ -93,18 +108,40 @@ class Digits(Dataset):
         labels = torch.from_numpy(digits.target).long()
         parts = train_test_split(range(len(labels)), test_size=DIGITS_TEST, stratify=labels, random_state=0)
         chosen = parts[0 if train else 1]
-        self.images, self.labels = images[chosen], labels[chosen]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.images[index], int(self.labels[index])
+        super().__init__(images[chosen], labels[chosen])
 
 
 def _digits(folder: Path, download: bool) -> Images:
     train = Digits(train=True)
     return Images("digits", train, train, Digits(train=False), 10, channels=1, size=16, mean=[0.0], std=[1.0])
+
+
+def _fashion(folder: Path, download: bool) -> Images:
+    """60 000 clothes of 28 x 28 grey pixels, and 10 000 held out (Xiao et al. 2017, arXiv 1708.07747)."""
+    try:
+        parts = [datasets.FashionMNIST(folder, train=train, download=download) for train in (True, False)]
+        train, test = (InMemory(part.data.unsqueeze(1), part.targets) for part in parts)
+    except RuntimeError as error:
+        if download:
+            raise
+        if not FASHION_OF_DEBIAN.is_dir():
+            raise ConfigError(
+                f"--data fashion-mnist was found neither in {folder.absolute()} (add --download to get it, or say "
+                f"--data-dir DIR where it is) nor in {FASHION_OF_DEBIAN} (Debian and Ubuntu: apt-get install "
+                "dataset-fashion-mnist)"
+            ) from error
+        train, test = (_of_debian(part) for part in ("train", "t10k"))
+    return Images("fashion-mnist", train, train, test, 10, channels=1, size=28, mean=[0.0], std=[1.0])
+
+
+def _of_debian(part: str) -> InMemory:
+    """A part of Fashion-MNIST from MNIST's compressed files: a header, then bytes."""
+
+    def read_bytes(name: str, header: int) -> Tensor:
+        with gzip.open(FASHION_OF_DEBIAN / f"{part}-{name}-ubyte.gz") as file:
+            return torch.frombuffer(bytearray(file.read()), dtype=torch.uint8, offset=header)
+
+    return InMemory(read_bytes("images-idx3", 16).view(-1, 1, 28, 28), read_bytes("labels-idx1", 8).long())
 
 
 def _cifar(kind: type[datasets.CIFAR10], classes: int) -> Callable[[Path, bool], Images]:
@@ -146,6 +183,7 @@ def _imagefolder(root: Path) -> Images:
 
 LOADERS: dict[str, Any] = {
     "digits": _digits,
+    "fashion-mnist": _fashion,
     "cifar10": _cifar(datasets.CIFAR10, 10),
     "cifar100": _cifar(datasets.CIFAR100, 100),
     "stl10": _stl10,

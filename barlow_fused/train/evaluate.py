@@ -83,7 +83,7 @@ def evaluate(features: Features, classes: int) -> Accuracy:
     if classes > MOST_CLASSES:
         return Accuracy(None, None, knn_all)
     draws = [few_of_each_class(features.train_labels, draw, classes) for draw in range(DRAWS)]
-    standard = _standardised(features)
+    standard = standardised(features)
     return Accuracy(
         knn_few=sum(knn_accuracy(features, draw, classes, FEW_NEIGHBOURS) for draw in draws) / DRAWS,
         probe_few=sum(probe_accuracy(standard, draw) for draw in draws) / DRAWS,
@@ -120,7 +120,7 @@ def probe_accuracy(features: Features, labelled: Tensor) -> float:
     return 100 * (predicted == features.test_labels).double().mean().item()
 
 
-def _standardised(features: Features) -> Features:
+def standardised(features: Features) -> Features:
     """Each feature with mean 0 and deviation 1 over the training images; no label is needed for that."""
     mean, std = features.train.mean(dim=0), features.train.std(dim=0) + 1e-6
     return features._replace(train=(features.train - mean) / std, test=(features.test - mean) / std)

@@ -1,0 +1,94 @@
+"""λ for every width: what the projector's width D and the batch size N make of the loss's λ.
+
+Features that are centred over N samples span at most N - 1 dimensions, so C = Â^T B̂ / N has rank N - 1 or less, and
+its trace is bounded by its norm: (sum_i C_ii)^2 <= (N - 1) ||C||_F^2. The off-diagonal sum ||C||_F^2 - sum_i C_ii^2
+therefore is at least (sum_i C_ii)^2 / (N - 1) - sum_i C_ii^2. For C_ii of mean c and 0 <= λ <= 1,
+
+    loss >= D ((1 - c)^2 + κ c^2)        κ = λ (D / (N - 1) - 1)
+
+whatever the single C_ii are: the bound is convex in them and the same for all, so equal C_ii are best. Its minimum
+over c is the floor, D κ / (1 + κ), where C_ii = 1 / (1 + κ). No network, data or training gets below it, and two views
+that are free to choose get there. So κ, not λ, says how hard the off-diagonal sum pulls the diagonal down, and carries
+a setting from one N and D to another.
+
+N counts the samples whose mean is taken. With several processes those are all samples (statistics="global"). With
+statistics="local", C is the mean of P matrices of rank n_r - 1, so N - P takes the place of N - 1: give n = N - P + 1.
+A loss without a group is each process's own, and N its own samples. ``normalization="none"`` has a floor only where the
+inputs are centred.
+
+The rank argument is that of Garrido et al. 2022 (arXiv 2206.02574); docs/width.md says what was measured.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .arguments import finite, integer
+
+KAPPA_WARNING = 0.5  # C_ii is pulled to 2/3
+
+
+class LossFloor(NamedTuple):
+    """Where the loss cannot get below."""
+
+    loss: float  # of the whole loss with scale 1; multiply by scale
+    c_ii: float  # the mean of C_ii there
+
+
+def suggest_lambda(n: int, d: int, kappa: float = 0.02) -> float:
+    """The λ for N samples and D features: κ / (D / (N - 1) - 1).
+
+    >>> BarlowTwinsLoss(lambd=suggest_lambda(n=256, d=65536))  # λ = 7.8e-05
+
+    At D = 2 (N - 1) this is κ, and it grows without bound as D falls to N - 1. There the rank is no longer what λ has
+    to respect (for D <= N - 1 it limits nothing: C can be the identity), so below D = 2 (N - 1) λ stays at ``kappa``.
+
+    Args:
+        n: samples N >= 2 of a batch, of all processes together (the module's docstring has the exceptions).
+        d: features D >= 1, the projector's output width.
+        kappa: κ >= 0, without unit. The official setting has 0.0153, published ones mostly 0.003 to 0.16; the
+            default, 0.02, is close to the official one. Above 0.5 C_ii is pulled below 2/3.
+
+    Returns:
+        λ, without unit; ``kappa(n, d, λ)`` is ``kappa`` again where D >= 2 (N - 1), and less below.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+    """
+    return _at_least_0("kappa", kappa) / max(_excess(n, d), 1.0)
+
+
+def kappa(n: int, d: int, lambd: float) -> float:
+    """κ = λ (D / (N - 1) - 1), or 0 where D <= N - 1 and the rank limits nothing.
+
+    Arguments and errors are those of :func:`suggest_lambda`; ``lambd`` is the loss's λ >= 0, without unit.
+    """
+    return _at_least_0("lambd", lambd) * _excess(n, d)
+
+
+def loss_floor(n: int, d: int, lambd: float) -> LossFloor:
+    """The loss that no network gets below, D κ / (1 + κ), and the C_ii where it lies, 1 / (1 + κ).
+
+    >>> floor = loss_floor(256, 65536, 0.0051)  # LossFloor(loss=37111.5, c_ii=0.434)
+
+    The loss is a sum over D features, so ``loss / d`` is what is left for each. With λ > 1 the least is had by N - 1
+    features with C_ii = 1 and all others constant, whose C_ii is 0: the floor stays at D - N + 1, that of λ = 1, and
+    ``c_ii`` is the mean. Where D <= N - 1 the floor is 0, at C_ii = 1.
+
+    Arguments and errors are those of :func:`kappa`.
+    """
+    pull = min(_at_least_0("lambd", lambd), 1.0) * _excess(n, d)
+    return LossFloor(loss=d * pull / (1 + pull), c_ii=1 / (1 + pull))
+
+
+def _excess(n: int, d: int) -> float:
+    """D / (N - 1) - 1, or 0 where that is negative."""
+    n, d = integer("n", n, 2), integer("d", d, 1)
+    return max(d - (n - 1), 0) / (n - 1)
+
+
+def _at_least_0(name: str, value: float) -> float:
+    value = finite(name, value)
+    if value < 0:
+        raise ValueError(f"{name} must be at least 0, got {value}")
+    return value
