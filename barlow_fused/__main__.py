@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--dtype", choices=DTYPES, default="float32", help="of the inputs (default: float32)")
     plan.add_argument("--device", help="cpu, cuda, cuda:<index>, or a GPU to plan for: h200, h100, a100, b200")
     plan.add_argument("--world-size", type=int, default=1, help="ranks that share the batch (default: 1)")
+    plan.add_argument("--lambd", type=float, default=0.0051, help="the loss's λ (default: 0.0051, the official one)")
     plan.add_argument("--route", default="auto", help="auto (default), gram or direct")
     plan.add_argument("--backend", default="auto", help="auto (default), torch, triton, cuda or reference")
     net = plan.add_argument_group(
@@ -96,6 +97,7 @@ def _plan(arguments: argparse.Namespace) -> int:
             route=arguments.route,
             backend=arguments.backend,
             network=Network(**given),
+            lambd=arguments.lambd,
         )
     except (ValueError, RuntimeError) as error:
         print(f"barlow-fused plan: {error}", file=sys.stderr)

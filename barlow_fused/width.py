@@ -13,8 +13,9 @@ a setting from one N and D to another.
 
 N counts the samples whose mean is taken. With several processes those are all samples (statistics="global"). With
 statistics="local", C is the mean of P matrices of rank n_r - 1, so N - P takes the place of N - 1: give n = N - P + 1.
-A loss without a group is each process's own, and N its own samples. ``normalization="none"`` has a floor only where the
-inputs are centred.
+A loss without a group is each process's own, and N its own samples. The projector's last linear layer adds no rank:
+where its input is narrower than N - 1, that width takes the place of N - 1. ``normalization="none"`` has a floor only
+where the inputs are centred.
 
 The rank argument is that of Garrido et al. 2022 (arXiv 2206.02574); docs/width.md says what was measured.
 """
@@ -79,6 +80,25 @@ def loss_floor(n: int, d: int, lambd: float) -> LossFloor:
     """
     pull = min(_at_least_0("lambd", lambd), 1.0) * _excess(n, d)
     return LossFloor(loss=d * pull / (1 + pull), c_ii=1 / (1 + pull))
+
+
+def describe(n: int, d: int, lambd: float) -> str:
+    """κ, the floor and its C_ii, for people; arguments and errors as above."""
+    floor = loss_floor(n, d, lambd)
+    limit = "" if d > n - 1 else " (D <= N - 1: the rank limits nothing)"
+    least = f"{floor.loss:.3g}" if floor.loss < 100 else f"{floor.loss:.0f}"
+    return f"λ = {lambd:.3g}, κ = {kappa(n, d, lambd):.3g}{limit}: at least {least}, where C_ii = {floor.c_ii:.3f}"
+
+
+def warning(n: int, d: int, lambd: float) -> str | None:
+    """One sentence if κ is above 0.5, else None; arguments and errors as above."""
+    if kappa(n, d, lambd) <= KAPPA_WARNING:
+        return None
+    return (
+        f"κ = {kappa(n, d, lambd):.3g} is above {KAPPA_WARNING}, so the loss pulls C_ii down to "
+        f"{loss_floor(n, d, lambd).c_ii:.2f} and the views apart: for N = {n}, D = {d} try "
+        f"λ = {suggest_lambda(n, d):.2g}"
+    )
 
 
 def _excess(n: int, d: int) -> float:

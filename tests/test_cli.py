@@ -36,10 +36,11 @@ def test_plan_takes_a_backend_that_only_the_named_gpu_can_run(capsys):
 
 def test_every_flag_of_plan_reaches_it(capsys):
     flags = ["--dtype", "float16", "--device", "a100", "--world-size", "4", "--route", "direct", "--backend", "torch"]
-    flags += ["--latency", "2", "--intra", "300", "--inter", "25", "--ranks-per-node", "2"]
+    flags += ["--latency", "2", "--intra", "300", "--inter", "25", "--ranks-per-node", "2", "--lambd", "0.5"]
     assert main(["plan", "--n", "64", "--d", "256", *flags, "--json"]) == 0
     network = Network(2e-6, 300e9, 25e9, 2)
-    expected = plan(64, 256, torch.float16, "a100", world_size=4, route="direct", backend="torch", network=network)
+    asked = {"world_size": 4, "route": "direct", "backend": "torch", "network": network, "lambd": 0.5}
+    expected = plan(64, 256, torch.float16, "a100", **asked)
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(expected.to_dict()))
 
 

@@ -24,13 +24,13 @@ def test_the_table_of_presets_is_that_of_the_presets():
     networks = {"tiny": "tiny ResNet", "resnet18": "ResNet-18, small stem", "resnet50": "ResNet-50"}
     table = rows("| preset | data | network |")
     assert [row[0] for row in table] == list(PRESETS)
-    for name, data, network, projector, optimiser, epochs, lambd in table:
+    for name, data, network, projector, optimiser, epochs, kappa in table:
         preset = PRESETS[name]
         assert data.split(",")[0].partition(":")[0] == preset["data"].partition(":")[0]
         assert network == networks[preset["backbone"]]
         assert projector == preset["projector"]
         assert epochs == f"{preset['epochs']}, {preset['batch_size']}"
-        assert float(lambd) == preset["lambd"]
+        assert float(kappa) == float(f"{preset['kappa']:.3g}")
         kind, *rates = optimiser.split(", ")
         assert kind.lower() == preset["optimizer"]
         wanted = [preset["lr_weights"], preset["lr_biases"]][: len(rates)]  # for each 256 images

@@ -11,6 +11,7 @@ import textwrap
 
 import torch
 
+from .. import width
 from ..arguments import DTYPES, integer
 from ..choice import choose_backend, choose_route, why_route
 from .cost import COSTS, Cost, Problem, usual_cost
@@ -35,6 +36,10 @@ class Plan:
         usual: the same for the usual implementation, the official code's recipe.
         lower_bound: seconds that any implementation of the route needs on this device: its FLOPs at the device's
             matrix-product rate, or 6 N D numbers moved (inputs read twice, gradients written).
+        lambd: the λ that was asked about.
+        kappa, loss_floor, c_ii: what N and D make of it: κ, the loss (of scale 1) that no network gets below, and the
+            C_ii that it pulls to (:func:`barlow_fused.loss_floor`).
+        warning: one sentence if κ is above 0.5, else None.
         rates: bandwidth and matrix-product rate that the times are computed from, and where they come from.
         network: what connects the ranks; None without several.
     """
@@ -50,6 +55,11 @@ class Plan:
     fused: Cost
     usual: Cost
     lower_bound: float
+    lambd: float
+    kappa: float
+    loss_floor: float
+    c_ii: float
+    warning: str | None
     rates: str
     network: Network | None = None
 
@@ -62,6 +72,8 @@ class Plan:
             _wrap("rates", self.rates),
             _wrap("backend", self.backend),
             _wrap("route", f"{self.route}: {self.why}"),
+            _wrap("loss", width.describe(self.n, self.d, self.lambd)),
+            *([_wrap("warning", self.warning)] if self.warning else []),
             "",
             f"{'':{TITLE}}{'barlow_fused':>16}{'usual':>16}{'usual/fused':>14}",
         ]
@@ -124,6 +136,7 @@ def plan(
     route: str = "auto",
     backend: str = "auto",
     network: Network | None = None,
+    lambd: float = 0.0051,
 ) -> Plan:
     """What :func:`barlow_twins_loss` would do with inputs of shape (n, d), and what it would cost.
 
@@ -138,6 +151,7 @@ def plan(
         world_size: how many ranks share the batch; the costs are then those of one rank.
         route, backend: as for :func:`barlow_twins_loss`.
         network: with several ranks, what connects them (``barlow_fused.planning.network.Network``, which has defaults).
+        lambd: the loss's λ >= 0, of which the plan says what this N and D make of it; it costs nothing.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -163,6 +177,7 @@ def plan(
             fused, problem, gram_collectives(problem, backend) if gram else direct_collectives(problem), network
         )
         usual = with_network(usual, problem, usual_collectives(problem, dtype.itemsize), network)
+    floor = width.loss_floor(n, d, lambd)
     return Plan(
         n=n,
         d=d,
@@ -175,6 +190,11 @@ def plan(
         fused=fused,
         usual=usual,
         lower_bound=problem.lower_bound,
+        lambd=float(lambd),
+        kappa=width.kappa(n, d, lambd),
+        loss_floor=floor.loss,
+        c_ii=floor.c_ii,
+        warning=width.warning(n, d, lambd),
         rates=_rates(problem),
         network=network if world_size > 1 else None,
     )

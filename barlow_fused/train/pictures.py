@@ -12,6 +12,7 @@ from matplotlib.figure import Figure  # without pyplot: no global state, no disp
 from torch import Tensor
 
 from .. import cross_correlation
+from .config import Config
 
 SHOWN = 64  # features of the matrix that are drawn
 SAMPLED = 2048  # features whose correlations are counted: 4 million pairs
@@ -144,8 +145,9 @@ def draw_correlation(before: Correlations, after: Correlations, path: Path) -> N
     figure.savefig(path, dpi=120)
 
 
-def draw_loss(metrics: Sequence[dict[str, Any]], lambd: float, path: Path) -> None:
-    """The loss, its two terms as they enter it, and the learning rate, over the steps."""
+def draw_loss(metrics: Sequence[dict[str, Any]], config: Config, path: Path) -> None:
+    """The loss, its two terms as they enter it, its floor, and the learning rate, over the steps."""
+    lambd, floor = config.lambd, config.loss_floor.loss
     figure = Figure(figsize=(9, 6), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
     steps = [entry["step"] for entry in metrics]
@@ -154,6 +156,8 @@ def draw_loss(metrics: Sequence[dict[str, Any]], lambd: float, path: Path) -> No
     upper.plot(steps, [m["on_diag"] for m in metrics], "tab:blue", marker=marker, label="on-diagonal (invariance)")
     off_diag = [lambd * m["off_diag"] for m in metrics]
     upper.plot(steps, off_diag, "tab:orange", marker=marker, label=f"λ · off-diagonal (redundancy), λ = {lambd:g}")
+    if floor:  # a logarithm has no place for 0
+        upper.axhline(floor, color="tab:red", linestyle="--", label=f"floor D κ/(1 + κ) = {floor:.4g}")
     upper.set(title="Barlow Twins loss during pretraining", ylabel="loss", yscale="log")
     upper.grid(which="both", alpha=0.3)
     upper.legend()

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 
+from .. import width
 from ..choice import verify_first
 from ..version import __version__
 from . import augment, checkpoint, datasets, evaluate, model, optim, pictures, processes
@@ -102,7 +103,11 @@ def train(config: Config, console: Console) -> None:
         f"Run {config.out}: {config.data}, seed {config.seed}, {config.device} x {by.count}, {config.loss} loss",
     )
     say(console, f"{config.backbone} from {origin}, {weights / 1e6:.1f} M weights")
-    say(console, f"{config.steps} steps of N = {config.batch_size} images, D = {config.projector_widths[-1]} features")
+    n, d = config.batch_size, config.projector_widths[-1]
+    say(console, f"{config.steps} steps of N = {n} images, D = {d} features")
+    say(console, f"The loss: {width.describe(n, d, config.lambd)}")
+    if warning := width.warning(n, d, config.lambd):
+        say(console, f"Warning: {warning}")
 
     monitor = Monitor(network, images, config, device, by)
     monitor.before, before = monitor.look(), monitor.accuracy()
@@ -397,7 +402,7 @@ class Monitor:
     def draw(self) -> None:
         """All pictures, of this moment."""
         out, now = self.config.out, self.look()
-        pictures.draw_loss(read_jsonl(out / "metrics.jsonl"), self.config.lambd, out / "loss.png")
+        pictures.draw_loss(read_jsonl(out / "metrics.jsonl"), self.config, out / "loss.png")
         history = [entry for entry in read_jsonl(out / "knn.jsonl") if entry["knn"] is not None]
         if history:
             pictures.draw_knn(history, out / "knn.png")
@@ -446,6 +451,7 @@ class Log:
             "step": step,
             "epoch": epoch,
             **{name: getattr(terms, name).item() for name in ("loss", "on_diag", "off_diag")},
+            "loss_above_floor": terms.loss.item() - self.config.loss_floor.loss,
             "lr": lr,
             "images_per_second": (step - self.last) * self.config.batch_size / (now - self.since),
         }

@@ -60,7 +60,7 @@ class Point(NamedTuple):
 
 
 def points(experiment: str, study: Study, seed: int) -> list[Point]:
-    """An experiment's points, those that say most first."""
+    """An experiment's points."""
 
     def at(d: int = BASE_D, n: int = study.n, hidden: int = HIDDEN, kappa: float = KAPPA) -> Point:
         return Point(n, d, hidden, float(f"{kappa:.4g}"), seed)
@@ -84,10 +84,15 @@ EXPERIMENTS = {
     "samples": f"N at D = {BASE_D}, equal κ and equally many images passed",
     **{f"kappa-{d}": f"κ at D = {d}" for d in KAPPA_WIDTHS},
 }
-FIRST = ("width", "lambda", f"kappa-{BASE_D}", "samples", "growing")  # of a seed; then the others
+FIRST = ("width", "lambda", f"kappa-{BASE_D}", "samples")
 
 
 def in_order(experiments: list[str], study: Study, seeds: int) -> list[Point]:
-    """All points of experiments, each once, in the order of running: of each experiment all seeds before the next."""
-    ranked = sorted(experiments, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
-    return list(dict.fromkeys(point for name in ranked for seed in range(seeds) for point in points(name, study, seed)))
+    """All points of experiments, each once, in the order of running: what says most first, of that what costs least."""
+    wanted = [
+        (name not in FIRST, point.d, point)
+        for name in experiments
+        for s in range(seeds)
+        for point in points(name, study, s)
+    ]
+    return list(dict.fromkeys(point for *_, point in sorted(wanted)))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tracing import Trace
 
-from barlow_fused import backends, barlow_twins_loss, configure
+from barlow_fused import backends, barlow_twins_loss, configure, kappa, loss_floor
 from barlow_fused.backends import torch_slabs
 from barlow_fused.backends.operations import Weights
 from barlow_fused.normalization import CONVENTIONS
@@ -321,6 +321,25 @@ def test_the_table_fits_80_columns(n, d, dtype, kwargs):
         assert "FLOPs" in text
 
 
+def test_what_lambda_means_at_this_width():
+    made = plan(256, 65536, device="h200", lambd=0.001)
+    assert (made.lambd, made.kappa) == (0.001, kappa(256, 65536, 0.001))
+    assert (made.loss_floor, made.c_ii) == loss_floor(256, 65536, 0.001)
+    assert made.warning is None
+    text = " ".join(str(made).split())
+    assert "loss λ = 0.001, κ = 0.256: at least 13358, where C_ii = 0.796" in text
+    assert "warning" not in text
+    several = plan(256, 65536, device="h200", world_size=8, lambd=0.001)
+    assert several.kappa == made.kappa  # N counts the samples of all ranks
+
+
+def test_a_lambda_that_is_too_large_is_warned_of():
+    made = plan(256, 65536, device="h200")
+    assert made.lambd == 0.0051
+    assert "κ = 1.31 is above 0.5" in made.warning
+    assert "warning κ = 1.31 is above 0.5" in " ".join(str(made).split())
+
+
 def test_the_table_survives_a_long_device_name():
     made = dataclasses.replace(plan(2, 4, device="h200"), device="Intel(R) Xeon(R) " * 6, why="because " * 20)
     assert max(map(len, str(made).splitlines())) <= 80
@@ -359,6 +378,7 @@ def test_a_plan_is_frozen_and_turns_into_json():
         (TypeError, "device must be .* got int", {"device": 0}),
         (ValueError, "device='cuda:99' is not on this machine", {"device": "cuda:99"}),
         (ValueError, "route must be one of .* got 'dual'", {"route": "dual"}),
+        (ValueError, "lambd must be at least 0, got -1.0", {"lambd": -1}),
         (ValueError, "backend must be one of .* got 'fast'", {"backend": "fast"}),
     ],
 )

@@ -13,9 +13,10 @@ pytest.importorskip("sklearn")
 pytest.importorskip("timm")
 pytest.importorskip("tensorboard")
 
+from matplotlib.axes import Axes
 from rich.console import Console
 
-from barlow_fused import cross_correlation
+from barlow_fused import cross_correlation, kappa, loss_floor, suggest_lambda
 from barlow_fused.train import Config, config, evaluate, main, model, pictures, presets, probe, report, trainer
 from barlow_fused.train.config import combine, parse_args
 from barlow_fused.train.evaluate import Accuracy, Features
@@ -92,10 +93,45 @@ def test_every_step_of_a_short_run_is_logged(run):
     metrics = read_metrics(run)
     assert [entry["step"] for entry in metrics] == [1, 2, 3, 4]
     for entry in metrics:
-        assert set(entry) == {"step", "epoch", "loss", "on_diag", "off_diag", "lr", "images_per_second"}
-        assert entry["loss"] == pytest.approx(entry["on_diag"] + 0.0005 * entry["off_diag"], rel=1e-5)
+        assert set(entry) == {
+            *("step", "epoch", "loss", "loss_above_floor", "on_diag", "off_diag", "lr", "images_per_second")
+        }
+        lambd = suggest_lambda(32, 128, kappa(128, 8192, 0.0005))
+        assert entry["loss"] == pytest.approx(entry["on_diag"] + lambd * entry["off_diag"], rel=1e-5)
+        assert entry["loss_above_floor"] == pytest.approx(entry["loss"] - loss_floor(32, 128, lambd).loss, abs=1e-3)
+        assert entry["loss_above_floor"] > 0
         assert entry["epoch"] == 1
         assert entry["images_per_second"] > 0
+
+
+def test_lambda_is_that_of_kappa_for_the_whole_batch():
+    asked = combine({"kappa": 0.1, "projector": "64-4096", "batch_size": 64, "accumulate": 4})
+    assert asked.lambd == suggest_lambda(64, 4096, 0.1)
+    assert kappa(64, 4096, asked.lambd) == pytest.approx(0.1)
+    assert asked.loss_floor.loss == pytest.approx(4096 * 0.1 / 1.1)
+    assert combine({"preset": "digits"}).lambd == pytest.approx(0.0005, rel=1e-12)
+    assert combine({"preset": "cifar-resnet18"}).lambd == pytest.approx(0.0051, rel=1e-12)
+
+
+@pytest.mark.parametrize("pull", ["0.02", "0.7"])
+def test_the_floor_is_said_at_the_start(pull, no_pictures, tmp_path, monkeypatch, capsys):
+    for name in ("look", "accuracy", "pixels", "knn"):
+        monkeypatch.setattr(trainer.Monitor, name, lambda self: None)
+    argv = ["--steps", "1", "--batch-size", "32", "--projector", "32-128", "--device", "cpu"]
+    assert main([*argv, "--kappa", pull, "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert f"κ = {pull}: at least " in out
+    assert ("Warning: κ = 0.7 is above 0.5" in out) == (pull == "0.7")
+
+
+@pytest.mark.parametrize("projector", ["32-128", "32-16"])
+def test_the_floor_is_drawn_into_the_loss_where_there_is_one(projector, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Axes, "axhline", lambda self, y, **_: drawn.append(y))
+    config = combine({"batch_size": 32, "projector": projector})
+    metrics = [{"step": 1, "loss": 30.0, "on_diag": 20.0, "off_diag": 10.0, "lr": 0.1}]
+    pictures.draw_loss(metrics, config, tmp_path / "loss.png")
+    assert drawn == ([config.loss_floor.loss] if projector == "32-128" else [])
 
 
 def test_tensorboard_has_the_same_numbers(run):
@@ -196,7 +232,7 @@ def test_the_same_seed_gives_the_same_numbers(run, no_pictures, tmp_path):
 
 
 def test_a_short_run_beats_the_untrained_encoder(no_pictures, tmp_path):
-    assert main(["--steps", "60", "--projector", "256-1024", "--lambd", "0.005", "--out", str(tmp_path)]) == 0
+    assert main(["--steps", "60", "--projector", "256-1024", "--kappa", "0.035", "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     before, after = results["untrained_encoder"], results["pretrained_encoder"]
     metrics = read_metrics(tmp_path)
@@ -220,8 +256,8 @@ def test_a_short_run_beats_the_untrained_encoder(no_pictures, tmp_path):
         ("--accumulate", "128"),
         ("--projector", "512-"),
         ("--projector", "512-0"),
-        ("--lambd", "-1"),
-        ("--lambd", "nan"),
+        ("--kappa", "-1"),
+        ("--kappa", "nan"),
         ("--lr-weights", "0"),
         ("--lr-biases", "inf"),
         ("--weight-decay", "-1"),
@@ -282,7 +318,7 @@ def test_the_official_preset_is_the_official_main_py():
     assert got.lr_weights == 0.2
     assert got.lr_biases == 0.0048
     assert got.weight_decay == 1e-6
-    assert got.lambd == 0.0051
+    assert got.lambd == pytest.approx(0.0051, rel=1e-12)
     assert got.projector_widths == [8192, 8192, 8192]
     assert (got.optimizer, got.momentum, got.trust_coefficient) == ("lars", 0.9, 0.001)
     assert (got.gradient, got.sync_batch_norm, got.warmup_epochs) == ("official", True, 10)

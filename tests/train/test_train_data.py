@@ -1,8 +1,10 @@
 """The trainer's images: every data set in its own file layout, made here; the views; which step sees which images."""
 
 import functools
+import gzip
 import hashlib
 import http.server
+import pathlib
 import pickle
 import tarfile
 import threading
@@ -70,6 +72,52 @@ def test_cifar_is_read_from_its_own_files(name, tmp_path, monkeypatch):
     image, label = datasets.read(images.test, 3)
     assert image.numpy().tolist() == pixels(8, 3072)[3].reshape(3, 32, 32).tolist()
     assert label == 3
+
+
+def make_fashion(folder, pack):
+    """Fashion-MNIST's four files with a few images, as ``pack`` writes them."""
+    folder.mkdir(parents=True)
+    for part, count in (("train", 8), ("t10k", 4)):
+        header = b"".join(number.to_bytes(4, "big") for number in (0x803, count, 28, 28))
+        pack(folder / f"{part}-images-idx3-ubyte", header + pixels(count, 28, 28).tobytes())
+        header = b"".join(number.to_bytes(4, "big") for number in (0x801, count))
+        pack(folder / f"{part}-labels-idx1-ubyte", header + bytes(range(count)))
+
+
+def pack_gz(path, contents):
+    path.with_name(path.name + ".gz").write_bytes(gzip.compress(contents))
+
+
+@pytest.mark.parametrize("origin", ["torchvision", "debian"])
+def test_fashion_mnist_is_read_from_torchvisions_folder_and_from_debians(origin, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "FASHION_OF_DEBIAN", tmp_path / "debian")
+    if origin == "torchvision":
+        make_fashion(tmp_path / "FashionMNIST" / "raw", pathlib.Path.write_bytes)
+    else:
+        make_fashion(tmp_path / "debian", pack_gz)
+    images = datasets.load("fashion-mnist", tmp_path)
+    assert (len(images.train), len(images.test), images.classes, images.size) == (8, 4, 10, 28)
+    image, label = datasets.read(images.train, 5)
+    assert image.shape == (1, 28, 28)
+    assert image[0].numpy().tolist() == pixels(8, 28, 28)[5].tolist()
+    assert label == 5
+
+
+def test_missing_fashion_mnist_names_both_ways_to_get_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(datasets, "FASHION_OF_DEBIAN", tmp_path / "debian")
+    argv = ["--data", "fashion-mnist", "--data-dir", str(tmp_path), "--steps", "1", "--out", str(tmp_path / "run")]
+    assert main(argv) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    for said in (str(tmp_path), "--download", "--data-dir", str(tmp_path / "debian"), "dataset-fashion-mnist"):
+        assert said in message
+
+
+@pytest.mark.skipif(not datasets.FASHION_OF_DEBIAN.is_dir(), reason="needs Debian's package dataset-fashion-mnist")
+def test_debians_fashion_mnist_is_whole(tmp_path):
+    images = datasets.load("fashion-mnist", tmp_path)
+    assert images.train.labels.bincount().tolist() == [6000] * 10
+    assert images.test.labels.bincount().tolist() == [1000] * 10
 
 
 def test_stl10_pretrains_on_its_unlabelled_part(tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ from images import make_imagefolder
 from subprocesses import environment
 
 from barlow_fused.train import checkpoint, evaluate, loader, main, trainer
+from barlow_fused.train.config import combine
 
 TINY = ["--batch-size", "32", "--projector", "32-128", "--warmup-epochs", "1", "--device", "cpu"]
 
@@ -96,9 +97,10 @@ def test_what_a_step_depends_on_cannot_change(tmp_path, capsys):
     repeated = ["--resume", str(tmp_path), "--out", str(tmp_path), *TINY, "--preset", "digits", "--steps", "2"]
     assert main(repeated) == 0
     with pytest.raises(SystemExit) as end:
-        main([*repeated, "--lambd", "0.1"])
+        main([*repeated, "--kappa", "0.1"])
     assert end.value.code == 2
-    assert "--lambd cannot change when a run is resumed; it was 0.0005, got 0.1" in capsys.readouterr().err
+    said = f"--kappa cannot change when a run is resumed; it was {combine({}).kappa}, got 0.1"
+    assert said in capsys.readouterr().err
 
 
 def start(*flags):

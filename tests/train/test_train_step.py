@@ -13,7 +13,7 @@ pytest.importorskip("tensorboard")
 
 import torchvision
 
-from barlow_fused import barlow_twins_loss
+from barlow_fused import barlow_twins_loss, suggest_lambda
 from barlow_fused.reference import reference_loss
 from barlow_fused.train import main, model, optim, step, trainer
 from barlow_fused.train.config import ConfigError, combine
@@ -245,7 +245,7 @@ def test_batch_norms_see_a_part_and_the_loss_sees_the_batch():
         torch.manual_seed(step.derive(0, "network", 3, part, 0))
         passed.append(twin(*pair))
     z_a, z_b = (torch.cat(z) for z in zip(*passed, strict=True))
-    expected = reference_loss(z_a, z_b, 0.0005).loss
+    expected = reference_loss(z_a, z_b, combine({"batch_size": 24}).lambd).loss
     expected.backward()
     torch.testing.assert_close(loss, expected.detach(), rtol=1e-12, atol=0)
     for name, p in twin.named_parameters():
@@ -340,7 +340,7 @@ def test_compile_compiles_the_network(training_only, tmp_path, monkeypatch):
 
 
 def test_the_loss_is_the_packages_own():
-    config = combine({"lambd": 0.01})
+    config = combine({"kappa": 0.01, "batch_size": 8, "projector": "40"})
     z_a, z_b = torch.randn(2, 8, 40)
     terms = step.criterion(config, trainer.Processes(0, 0, 1))(z_a, z_b)
-    assert terms.loss.equal(barlow_twins_loss(z_a, z_b, lambd=0.01))
+    assert terms.loss.equal(barlow_twins_loss(z_a, z_b, lambd=suggest_lambda(8, 40, 0.01)))
