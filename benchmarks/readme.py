@@ -1,9 +1,9 @@
-"""The README's tables and pictures of benchmarks, made from the runs in benchmarks/results.
+"""The tables and pictures of README.md and docs/width.md, made from the runs in benchmarks/results.
 
 python -m benchmarks readme            # writes them
 python -m benchmarks readme --check    # says whether they are up to date: exit code 0 or 1
 
-In the README a pair of comments holds each, and names what is shown and of which runs:
+In a document a pair of comments holds each, and names what is shown and of which runs:
 
     <!-- benchmarks: tables cpu-small -->
     ...
@@ -15,37 +15,60 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import pictures, report, results
 from .machine import ROOT
+from .width import pictures as width_pictures
+from .width import tables as width_tables
 
-README = ROOT / "README.md"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "width.md")
 RESULTS = Path(__file__).resolve().parent / "results"
 PICTURES = ROOT / "docs"
 BLOCK = re.compile(r"(<!-- benchmarks: (\w+) ([\w-]+) -->\n).*?(<!-- /benchmarks -->)", re.DOTALL)
 
 
-def render(readme: str, folder: Path = RESULTS) -> str:
-    """The README with all of its blocks made anew."""
+class Picture(NamedTuple):
+    """A picture of a run: its file in docs, whose name has the run's, and how it is drawn."""
+
+    path: str
+    alt: str
+    draw: Callable[[dict[str, Any], Path], None]
+    digest: Callable[[dict[str, Any]], str]
+
+
+PICTURES_OF = {
+    "picture": Picture(
+        "benchmark-{}.png", "Time against D, memory against D, roofline", pictures.draw, pictures.digest
+    ),
+    "width_picture": Picture("{}.png", "Accuracy over D, κ and N", width_pictures.draw, width_pictures.digest),
+    "width_costs_picture": Picture(
+        "{}-costs.png", "Time and memory of a step over D", width_pictures.draw_costs, width_pictures.digest
+    ),
+}
+
+
+def render(text: str, folder: Path = RESULTS) -> str:
+    """A document with all of its blocks made anew."""
 
     def block(match: re.Match) -> str:
         view, name = match[2], match[3]
         if view not in VIEWS:
-            raise ValueError(f"README.md: {view!r} is not a view; accepted: {', '.join(VIEWS)}")
+            raise ValueError(f"{view!r} is not a view; accepted: {', '.join(VIEWS)}")
         return f"{match[1]}{VIEWS[view](results.load(folder / f'{name}.json'), name)}\n{match[4]}"
 
-    return BLOCK.sub(block, readme)
+    return BLOCK.sub(block, text)
 
 
-def drawn(readme: str) -> list[str]:
-    """The runs that a picture is shown of."""
-    return [match[3] for match in BLOCK.finditer(readme) if match[2] == "picture"]
+def drawn(text: str) -> list[tuple[str, str]]:
+    """The views and runs that a document shows pictures of."""
+    return [(match[2], match[3]) for match in BLOCK.finditer(text) if match[2] in PICTURES_OF]
 
 
-def picture_path(name: str) -> Path:
-    return PICTURES / f"benchmark-{name}.png"
+def picture_path(view: str, name: str) -> Path:
+    return PICTURES / PICTURES_OF[view].path.format(name)
 
 
 def headline(run: dict[str, Any], name: str) -> str:
@@ -87,11 +110,24 @@ def tables(run: dict[str, Any], name: str) -> str:
 def picture(run: dict[str, Any], name: str) -> str:
     hardware = run["machine"]
     where = hardware["gpu"]["name"] if hardware["gpu"] else f"{hardware['cpu']}, {hardware['cores']} cores"
-    path = picture_path(name).relative_to(ROOT)
-    return f"![Time against D, memory against D, roofline: {where}, {run['settings']['dtype']}]({path})"
+    path = picture_path("picture", name).relative_to(ROOT)
+    return f"![{PICTURES_OF['picture'].alt}: {where}, {run['settings']['dtype']}]({path})"
 
 
-VIEWS = {function.__name__: function for function in (headline, summary, ratios, tables, picture)}
+def _of_width(view: str) -> Callable[[dict[str, Any], str], str]:
+    """A picture that docs/width.md, beside it, shows."""
+    return lambda run, name: f"![{PICTURES_OF[view].alt}, {run['study']['data']}]({picture_path(view, name).name})"
+
+
+VIEWS = {
+    **{function.__name__: function for function in (headline, summary, ratios, tables, picture)},
+    **{view: _of_width(view) for view in PICTURES_OF if view != "picture"},
+    "width_lambdas": width_tables.lambdas,
+    "width_settings": width_tables.settings,
+    "width_findings": width_tables.findings,
+    "width_kappas": width_tables.kappa_tables,
+    **{f"width_{name}": width_tables.of(name) for name in ("width", "lambda", "growing", "samples")},
+}
 
 
 def _text(run: dict[str, Any], print_all: Any) -> str:
@@ -109,17 +145,20 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks readme", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, say whether all is up to date")
     args = parser.parse_args(argv)
-    readme = README.read_text()
-    fresh = render(readme)
-    old = [README.name] if fresh != readme else []
-    for name in drawn(fresh):
-        path, run = picture_path(name), results.load(RESULTS / f"{name}.json")
-        if not path.exists() or pictures.digest_of(path) != pictures.digest(run):
-            old.append(str(path.relative_to(ROOT)))
-            if not args.check:
-                pictures.draw(run, path)
-    if not args.check:
-        README.write_text(fresh)
+    old = []
+    for document in DOCUMENTS:
+        text = document.read_text()
+        fresh = render(text)
+        if fresh != text:
+            old.append(str(document.relative_to(ROOT)))
+        for view, name in drawn(fresh):
+            path, run, kind = picture_path(view, name), results.load(RESULTS / f"{name}.json"), PICTURES_OF[view]
+            if not path.exists() or pictures.digest_of(path) != kind.digest(run):
+                old.append(str(path.relative_to(ROOT)))
+                if not args.check:
+                    kind.draw(run, path)
+        if not args.check:
+            document.write_text(fresh)
     print("\n".join(f"{'out of date' if args.check else 'written'}: {name}" for name in old) or "up to date")
     return int(args.check and bool(old))
 

@@ -29,7 +29,7 @@ from rich.table import Table
 
 from barlow_fused import plan
 from barlow_fused.train import model, optim, trainer
-from barlow_fused.train.config import combine
+from barlow_fused.train.config import Config, combine
 from barlow_fused.train.loader import Parts
 from barlow_fused.train.processes import Processes
 from barlow_fused.train.step import Stepper, criterion
@@ -44,9 +44,8 @@ SHARE = 0.6  # of the free memory that a run may take: other programs need some 
 RESULTS = Path(__file__).parent / "results"
 
 
-def measure(loss: str, d: int, steps: int, device: str) -> dict[str, float]:
+def measure(asked: Config, steps: int) -> dict[str, float]:
     """Seconds of a step and peak bytes, in this process."""
-    asked = combine({"loss": loss, "projector": f"512-{d}", "device": trainer.choose_device(device)})
     images = trainer.load_images(asked, ALONE)
     config = trainer.resolve(asked, images, ALONE)
     place = torch.device(config.device)
@@ -167,7 +166,8 @@ def main() -> None:
     device = trainer.choose_device(arguments.device)
     if arguments.one:
         loss, d = arguments.one
-        print(json.dumps(measure(loss, int(d), arguments.steps, device)))
+        asked = combine({"loss": loss, "projector": f"512-{d}", "device": device})
+        print(json.dumps(measure(asked, arguments.steps)))
         return
     console = Console(width=80, highlight=False)
     path = arguments.json or arguments.out / f"trainer-{device}.json"

@@ -1,8 +1,8 @@
-"""One run of the study, in a process of its own: ``python -m benchmarks.width.one`` with a request as JSON.
+"""One process of the study: ``python -m benchmarks.width.one`` with a request as JSON.
 
-It pretrains with the trainer's parts and leaves its result beside the run's checkpoints, in ``result.json``. A run that
-was killed goes on from its last checkpoint. With ``point`` null it measures what needs no pretraining: the accuracies
-of raw pixels and of the untrained encoder.
+The request's ``what`` is "pretrain" (a point, with the trainer's parts; a run that was killed goes on from its last
+checkpoint), "baselines" (the accuracies of raw pixels and of a seed's untrained encoder) or "step" (what a point's
+step costs). The result is left in the request's folder, in ``result.json``.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from barlow_fused.train.config import Config, combine
 from barlow_fused.train.datasets import Images
 from barlow_fused.train.processes import Processes
 
-from .points import HIDDEN, Point, Study
+from ..trainer import measure
+from .points import Point, Study
 
 ALONE = Processes(0, 0, 1)
 LAST_STEPS = 10  # whose losses are averaged
+STEPS = 5  # that are timed
 
 
 def configuration(study: Study, point: Point, folder: Path) -> Config:
@@ -95,9 +97,9 @@ def pretrain(study: Study, point: Point, folder: Path) -> dict[str, Any]:
     }
 
 
-def baselines(study: Study, seed: int, folder: Path) -> dict[str, Any]:
-    """The accuracies of raw pixels and of the untrained encoder of a seed."""
-    config = configuration(study, Point(study.n, 64, HIDDEN, 0.0, seed), folder)
+def baselines(study: Study, point: Point, folder: Path) -> dict[str, Any]:
+    """The accuracies of raw pixels and of the untrained encoder, which depends on the point's seed alone."""
+    config = configuration(study, point, folder)
     images = load(study, config)
     config = trainer.resolve(config, images, ALONE)
     device = torch.device(config.device)
@@ -118,18 +120,30 @@ def accuracies(features: evaluate.Features, classes: int) -> dict[str, float]:
     return {**evaluate.evaluate(features, classes)._asdict(), "probe_all": probe_all}
 
 
-def main(request: str) -> None:
-    """Answer a request: {study, point or null, seed, folder, threads}."""
+def step(study: Study, point: Point, folder: Path, loss: str) -> dict[str, Any]:
+    """Seconds of a step (the fastest of a few) and the process's peak bytes."""
+    return measure(dataclasses.replace(configuration(study, point, folder), loss=loss), STEPS)
+
+
+def main(request: str) -> int:
+    """Answer a request: {what, study, point, folder, threads}, with loss for a step; the exit code."""
     asked = json.loads(request)
     torch.set_num_threads(asked["threads"])
-    study, folder = Study(**asked["study"]), Path(asked["folder"])
-    if asked["point"] is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        result = baselines(study, asked["seed"], folder)
-    else:
-        result = pretrain(study, Point(*asked["point"]), folder)
+    study, point, folder = Study(**asked["study"]), Point(*asked["point"]), Path(asked["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        if asked["what"] == "pretrain":
+            result = pretrain(study, point, folder)
+        elif asked["what"] == "baselines":
+            result = baselines(study, point, folder)
+        else:
+            result = step(study, point, folder, asked["loss"])
+    except trainer.Interrupted as error:
+        print(f"stopped by {error}", file=sys.stderr)
+        return 128 + error.signum
     (folder / "result.json").write_text(json.dumps(result))
+    return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    sys.exit(main(sys.argv[1]))

@@ -84,15 +84,15 @@ EXPERIMENTS = {
     "samples": f"N at D = {BASE_D}, equal κ and equally many images passed",
     **{f"kappa-{d}": f"κ at D = {d}" for d in KAPPA_WIDTHS},
 }
-FIRST = ("width", "lambda", f"kappa-{BASE_D}", "samples")
+TURNS = {"width": 0, "lambda": 0, f"kappa-{BASE_D}": 0, "samples": 1}  # the others come last
 
 
 def in_order(experiments: list[str], study: Study, seeds: int) -> list[Point]:
-    """All points of experiments, each once, in the order of running: what says most first, of that what costs least."""
+    """All points of experiments, each once, in the order of running: what says most first, seed by seed, small D first."""
     wanted = [
-        (name not in FIRST, point.d, point)
+        (TURNS.get(name, 2), point.seed, point.d, point)
         for name in experiments
-        for s in range(seeds)
-        for point in points(name, study, s)
+        for seed in range(seeds)
+        for point in points(name, study, seed)
     ]
     return list(dict.fromkeys(point for *_, point in sorted(wanted)))

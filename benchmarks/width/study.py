@@ -29,11 +29,15 @@ from typing import Any
 
 import torch
 
+from barlow_fused import plan
+
 from .. import machine, results
-from .points import STUDIES, Point, Study
+from ..trainer import SHARE
+from .points import KAPPA, STUDIES, Point
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 RUNS = Path("runs") / "width"  # the runs under way
+LOSSES = ("fused", "reference")  # in this order: what the second needs is told from the first
 
 
 class StudyError(Exception):
@@ -48,16 +52,18 @@ class Launcher:
     threads: int = 1
     runs: Path = RUNS
 
-    def answer(self, module: str, name: str, request: dict[str, Any]) -> dict[str, Any]:
-        """What ``python -m module`` leaves in result.json of the folder of that name; the folder is removed then.
+    def answer(self, recorded: dict[str, Any], what: str, point: Point, **more: Any) -> dict[str, Any]:
+        """What one.py leaves in the result.json of a folder of its own, which is removed then.
 
         Raises:
             StudyError: the process failed; its folder stays, and it goes on from there the next time.
         """
+        name = "-".join([recorded["study"]["data"], what, point.name, *more.values()])
         folder = self.runs / name
+        request = {"what": what, "study": recorded["study"], "point": point, **more}
         text = json.dumps({**request, "folder": str(folder), "threads": self.threads})
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), "OMP_WAIT_POLICY": "PASSIVE"}
-        command = [*self.before, sys.executable, "-m", module, text]
+        command = [*self.before, sys.executable, "-m", "benchmarks.width.one", text]
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
         with _passed_on(process):
             _, errors = process.communicate()
@@ -127,26 +133,63 @@ def add_runs(
     recorded: dict[str, Any], wanted: list[Point], launcher: Launcher, folder: Path, say: Callable[[str], None]
 ) -> None:
     """Run what is missing, one process after the other, the baselines of the seeds first."""
-    study = Study(**recorded["study"])
-    common = {"study": recorded["study"]}
-    recorded["machine"] = described(launcher.threads)
+    data = recorded["study"]["data"]
     known = {baseline["seed"] for baseline in recorded["baselines"]}
-    for seed in sorted({point.seed for point in wanted} - known):
-        name = f"{study.data}-baselines-s{seed}"
-        answer = launcher.answer("benchmarks.width.one", name, {**common, "point": None, "seed": seed})
-        recorded["baselines"].append({"seed": seed, **answer})
+    for point in {point.seed: point for point in wanted if point.seed not in known}.values():
+        answer = launcher.answer(recorded, "baselines", point)
+        recorded["baselines"].append({"seed": point.seed, **answer})
         write(recorded, folder)
-        say(name)
+        say(f"{data} seed {point.seed}: baselines")
     todo = missing(recorded, wanted)
     for number, point in enumerate(todo, 1):
-        answer = launcher.answer("benchmarks.width.one", f"{study.data}-{point.name}", {**common, "point": point})
+        answer = launcher.answer(recorded, "pretrain", point)
         recorded["runs"].append({**point._asdict(), **answer})
+        recorded["machine"] = described(launcher.threads)
         write(recorded, folder)
         say(
-            f"{number}/{len(todo)} {study.data} {point.name}: {answer['knn_few']:.1f} {answer['probe_few']:.1f} "
+            f"{number}/{len(todo)} {data} {point.name}: {answer['knn_few']:.1f} {answer['probe_few']:.1f} "
             f"{answer['knn_all']:.1f} {answer['probe_all']:.1f}, loss {answer['loss']:.4g} of floor "
             f"{answer['floor']:.4g}, {answer['seconds']:.0f} s"
         )
+
+
+def add_costs(
+    recorded: dict[str, Any], wanted: list[Point], launcher: Launcher, folder: Path, say: Callable[[str], None]
+) -> None:
+    """Measure a step of every shape with both losses; of what would not fit, the bytes that it needs are predicted."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for point in sorted({point._replace(kappa=KAPPA, seed=0) for point in wanted}):
+        for loss in LOSSES:
+            if cost_of(recorded, point, loss):
+                continue
+            needs = 0
+            if loss == "reference":
+                needs = cost_of(recorded, point, "fused")["peak_bytes"] + _more_than_fused(point, device)
+            if needs > SHARE * machine.free_memory(device):
+                cost = {"needs_bytes": needs}
+            else:
+                cost = launcher.answer(recorded, "step", point, loss=loss)
+            recorded["costs"].append({**_shape(point), "loss": loss, **cost})
+            write(recorded, folder)
+            say(f"{recorded['study']['data']} {point.name}, a step with --loss {loss}: {cost}")
+
+
+def cost_of(recorded: dict[str, Any], point: Point, loss: str) -> dict[str, Any] | None:
+    """What a step of the point's shape was measured to cost."""
+    wanted = {**_shape(point), "loss": loss}
+    return next((cost for cost in recorded["costs"] if wanted.items() <= cost.items()), None)
+
+
+def _shape(point: Point) -> dict[str, int]:
+    return {"n": point.n, "d": point.d, "hidden": point.hidden}
+
+
+def _more_than_fused(point: Point, device: torch.device) -> float:
+    """Bytes that the loss in plain PyTorch needs beyond the fused one's."""
+    reference, fused = (
+        plan(point.n, point.d, device=device, backend=backend).fused.peak_memory for backend in ("reference", "torch")
+    )
+    return reference - fused
 
 
 def described(threads: int) -> dict[str, Any]:
