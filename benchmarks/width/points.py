@@ -88,7 +88,7 @@ TURNS = {"width": 0, "lambda": 0, f"kappa-{BASE_D}": 0, "samples": 1}  # the oth
 
 
 def in_order(experiments: list[str], study: Study, seeds: int) -> list[Point]:
-    """All points of experiments, each once, in the order of running: what says most first, seed by seed, small D first."""
+    """All points of experiments, each once, in the order of running: what says most first, by seed, small D first."""
     wanted = [
         (TURNS.get(name, 2), point.seed, point.d, point)
         for name in experiments
