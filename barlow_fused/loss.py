@@ -42,7 +42,7 @@ def barlow_twins_loss(
     Args:
         z_a, z_b: the projector outputs of two views of N samples, (N, D) with N >= 2; float32, float64, bfloat16 or
             float16, of one dtype and on one device; any strides.
-        lambd: weight of the off-diagonal (redundancy reduction) sum.
+        lambd: weight of the off-diagonal (redundancy reduction) sum; :func:`suggest_lambda` fits it to N and D.
         scale: factor on the whole loss.
         normalization: how features are standardised over the N samples: ``"batch_norm"`` (biased variance, eps 1e-5
             inside the root), ``"std"`` (unbiased deviation, eps 1e-6 added to it), ``"none"`` (the inputs are used as

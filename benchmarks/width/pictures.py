@@ -16,6 +16,7 @@ from .study import LOSSES
 from .tables import METRICS, Row, baselines_of, rows_of
 
 SHOWN = ("knn_few", "probe_few")
+COLOURS = {"lambda": "tab:green"}  # in both panels
 KEYS = ("runs", "baselines", "costs")
 
 
@@ -37,7 +38,7 @@ def draw(recorded: dict[str, Any], path: Path) -> None:
     )
     curves = (
         ("width D", "d", {"width": "equal κ", "growing": "equal κ, hidden width grows", "lambda": "equal λ"}),
-        ("κ", "kappa", {f"kappa-{d}": f"D = {d}" for d in KAPPA_WIDTHS}),
+        ("κ", "kappa", {**{f"kappa-{d}": f"D = {d}" for d in KAPPA_WIDTHS}, "lambda": "equal λ, each D once"}),
         ("samples N", "n", {"samples": "D = 8192, equal κ, equally many images"}),
     )
     for row_of_axes, metric in zip(figure.subplots(2, 3, sharey="row"), SHOWN, strict=True):
@@ -45,7 +46,7 @@ def draw(recorded: dict[str, Any], path: Path) -> None:
             for number, (experiment, label) in enumerate(experiments.items()):
                 rows = rows_of(recorded, experiment)
                 if len(rows) > 1:
-                    _curve(axes, rows, field, metric, label, f"C{number}")
+                    _curve(axes, rows, field, metric, label, COLOURS.get(experiment, f"C{number}"))
             if not axes.lines:
                 axes.text(0.5, 0.5, "not run yet", transform=axes.transAxes, ha="center")
             for (name, row), style in zip(baselines_of(recorded).items(), (":", "--"), strict=True):

@@ -19,6 +19,9 @@ METRICS = {
 }
 
 
+NEARLY = 0.15  # two κ that differ less are compared
+
+
 class Row(NamedTuple):
     """A point of an experiment and its runs, one a seed; the point's own seed says nothing."""
 
@@ -149,6 +152,16 @@ def findings(recorded: dict[str, Any], name: str) -> str:
                 f"{row.mean(metric):.1f} at D = {row.point.d} (κ = {row.point.kappa:.2g})" for row in others
             )
             said.append(f"{METRICS[metric]}, {EXPERIMENTS['lambda']} ({base.mean(metric):.1f} % there): {listed}")
+    for metric in ("knn_few", "probe_few"):
+        pairs = [
+            f"κ = {row.point.kappa:.2g} at D = {row.point.d}: {row.mean(metric):.1f}, "
+            f"κ = {other.point.kappa:.2g} at D = {BASE_D}: {other.mean(metric):.1f}"
+            for row in rows_of(recorded, "lambda")
+            for other in rows_of(recorded, f"kappa-{BASE_D}")
+            if row.point.d != BASE_D and abs(row.point.kappa / other.point.kappa - 1) < NEARLY
+        ]
+        if pairs:
+            said.append(f"{METRICS[metric]}, nearly the same κ at two widths: {'; '.join(pairs)}")
     for d in KAPPA_WIDTHS:
         rows = rows_of(recorded, f"kappa-{d}")
         if len(rows) > 1:

@@ -222,6 +222,7 @@ def test_the_findings_are_those_of_the_runs(recorded):
     text = tables.findings(recorded, "")
     assert "is best at κ = 0.5 (96.0 %), and within a point of that at κ = 0.5." in text
     assert "(91.0 % there): 91.0 at D = 128 (κ = 0.00026)" in text
+    assert "κ = 0.52 at D = 131072: 91.0, κ = 0.5 at D = 8192: 96.0" in text
     recorded["runs"] = []
     assert tables.findings(recorded, "") == ""
 
