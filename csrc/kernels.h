@@ -55,7 +55,7 @@ struct Normalize {
   bool eps_in_root;  // 1 / sqrt(var + eps), else 1 / (std + eps)
 };
 
-// K_a = A_hat A_hat^T / D - shift I and K_b alike, their inner product, and the terms of the loss.
+// K_a = A_hat A_hat^T / D - shift (I - 1 1^T / N) and K_b alike, their inner product, and the terms of the loss.
 struct Gram {
   Matrix a_hat, b_hat;               // [N, D]
   Matrix k;                          // [2 N, N] out: K_a above K_b; data = nullptr without gradient

@@ -129,7 +129,7 @@ def normalize(z_a: Tensor, z_b: Tensor, normalization: Normalization | None) -> 
 
 
 def gram(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[BarlowTwinsTerms, Tensor | None]:
-    """The terms, and K_a / D - I and K_b / D - I stacked, (2, N, N) (without normalization, K_a / D and K_b / D)."""
+    """The terms, and K_a / D and K_b / D, less I - 1 1^T / N where features are standardised, (2, N, N)."""
     n, d = x.z_a.shape
     plan = _plan(n, d, x.z_a.dtype, x.dtype, tf32(x.dtype), x.z_a.device).gram
     a_hat, b_hat = x.views

@@ -231,22 +231,28 @@ def join_gram(
     """<K_a, K_b> in float64, and the backward pass's product, (2, N, N): (K - tau_s (I - 1 1^T / n_s)) / D."""
     n = sum(sizes)
     product = flats[0].new_empty(2, n, n, dtype=dtype)
+    segment = torch.arange(len(sizes), device=product.device).repeat_interleave(
+        torch.tensor(sizes, device=product.device), output_size=n
+    )
+    means = (taus / torch.tensor(sizes, device=taus.device)).to(flats[0].dtype)[:, segment]  # (2, N)
     inner = 0.0
-    for (start, stop, k_a), (_, _, k_b) in zip(*(panels(flat, n) for flat in flats), strict=True):
+    for start, k_a, k_b in _pairs(flats, n):
+        stop = start + len(k_a)
         inner = inner + 2 * (k_a[:, :start] * k_b[:, :start]).sum(dtype=torch.float64)
         inner = inner + (k_a[:, start:] * k_b[:, start:]).sum(dtype=torch.float64)
-        for k, panel in zip(product, (k_a, k_b), strict=True):
-            k[start:stop, :stop] = panel
-            k[:start, start:stop] = panel[:, :start].T
+        own = segment[start:stop, None] == segment[:stop]
+        for k, panel, mean in zip(product, (k_a, k_b), means, strict=True):
+            rest = (panel + own * mean[start:stop, None]).div_(total_d)  # and only then rounded
+            k[start:stop, :stop] = rest
+            k[:start, start:stop] = rest[:, :start].T
     start = 0
     diagonals = torch.cat([torch.stack([k.diagonal(s) for k in ks]) for s, *ks in _pairs(flats, n)], 1).double()
     for segment, size in enumerate(sizes):
         rows = slice(start, start + size)
         tau = taus[:, segment]
         inner = inner + torch.dot(diagonals[:, rows].sum(1), tau.flip(0)) + size * tau.prod()
-        product[:, rows, rows] += (tau / size).to(dtype)[:, None, None]
         start += size
-    return inner, product.div_(total_d)
+    return inner, product
 
 
 def _pairs(flats: tuple[Tensor, Tensor], n: int) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -18,14 +18,14 @@ struct CorrelateKernel {
   static constexpr const char* name = "correlate";
   static constexpr int threads = Product::threads;
   static constexpr int blocks_per_sm = 1;
-  static constexpr int tile_bytes = larger(Product::shared_bytes, Rows::bytes);
-  static constexpr int shared_bytes = tile_bytes + threads / 32 * Product::N * 4;
+  // The scratch lies behind the finished tile, where the product's stages were: 96 KiB for 128 x 128, of 99.
+  static constexpr int shared_bytes = larger(Product::shared_bytes, Rows::bytes + threads / 32 * Product::N * 4);
 
   static BARLOW_DEVICE void run(const Params& params) {
     const Correlate& p = params.p;
     int tile_i, tile_j;
     grouped_tile(block_id(), params.tiles, params.tiles, tile_i, tile_j);
-    char* const scratch = shared_memory() + tile_bytes;
+    char* const scratch = shared_memory() + Rows::bytes;
     const int row = tile_i * Product::M, column = tile_j * Product::N;
     const bool raw = multiplies_raw<Team, Product::M, Product::N>(p, row, column, reinterpret_cast<float*>(scratch));
     typename Product::Accumulator acc;

@@ -1,7 +1,7 @@
 // gram.h: K_a = A_hat A_hat^T, K_b = B_hat B_hat^T, their inner product, and the terms of the loss. One launch.
 //
 //     reads   A_hat, B_hat [N, D]; the sums of normalize
-//     writes  K_a / D - shift I and K_b / D - shift I, [2 N, N] in the compute dtype (only for a gradient)
+//     writes  K_a / D - shift (I - 1 1^T / N) and K_b / D alike, [2 N, N] in the compute dtype (only for a gradient)
 //             loss, on_diag, off_diag
 //     FLOPs   2 N^2 D: both products, each on its lower triangle
 //     bytes   each of T = ceil(N / BLOCK) rows of tiles is read about T times, from L2 where slices march together; the
@@ -15,9 +15,9 @@
 //   multiprocessors). The workspace takes the place of the input gradients, which do not exist yet.
 // * Partial tiles are read by the very threads, of another block, that hold the same fragments. So they are stored as
 //   they lie in registers, a thread's four numbers at a time, and never rearranged.
-// * The diagonal is taken out. Standardised features give K / D a diagonal near 1, whose rounding to bfloat16 would
-//   drown the rest; and the multiple of A_hat that it puts into K_b A_hat is removed by the batch norm's backward
-//   anyway. K / D - I is stored, and gram_grad adds A_hat in float32.
+// * The bulk is taken out. Standardised features in many dimensions give K / D close to I - 1 1^T / N, whose rounding to
+//   bfloat16 would drown the rest; and the multiple of A_hat that it puts into K_b A_hat is removed by the batch norm's
+//   backward anyway. K / D - I + 1 1^T / N is stored, and gram_grad adds A_hat in float32; 1^T A_hat is 0.
 #pragma once
 
 #include "blocks/multiply.h"
@@ -55,6 +55,7 @@ BARLOW_DEVICE void complete_gram(const Gram& p, int tiles, int tile, int piece, 
   if (!last_to_arrive<Team>(p.counters + id, 2 * p.split, ticket)) return;
 
   double sum = 0;
+  const float by_n = 1.f / p.n;
   const Vec16* const first = partial_tile<Product>(p, tiles, tile, 0, 0);
   const int64_t view_size = partial_tile<Product>(p, tiles, tile, 1, 0) - first;
 #pragma unroll 1
@@ -79,7 +80,7 @@ BARLOW_DEVICE void complete_gram(const Gram& p, int tiles, int tile, int piece, 
         // The upper triangle is not computed: what is below the diagonal counts twice.
         sum += static_cast<double>(k_a[e]) * static_cast<double>(k_b[e]) * (m > n ? 2.0 : 1.0);
         if (p.k.data != nullptr) {
-          const float shift = m == n ? p.shift : 0.f;
+          const float shift = p.shift * ((m == n ? 1.f : 0.f) - by_n);
           const T a = from_float<T>(k_a[e] / p.d - shift), b = from_float<T>(k_b[e] / p.d - shift);
           T* const k = static_cast<T*>(p.k.data);
           const int64_t pitch = p.k.row_stride;

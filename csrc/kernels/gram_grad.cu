@@ -17,8 +17,8 @@ struct GramGradKernel {
   static constexpr const char* name = "gram_grad";
   static constexpr int threads = Product::threads;
   static constexpr int blocks_per_sm = 1;
-  static constexpr int tile_bytes = larger(Product::shared_bytes, Slab::Rows::bytes);
-  static constexpr int shared_bytes = tile_bytes + Slab::scratch_bytes;
+  // The scratch lies behind the finished tile, where the product's stages were: 96 KiB for 128 x 128, of 99.
+  static constexpr int shared_bytes = larger(Product::shared_bytes, Slab::Rows::bytes + Slab::scratch_bytes);
 
   static BARLOW_DEVICE void run(const Params& params) {
     const InputGrad& p = params.p;
@@ -26,7 +26,7 @@ struct GramGradKernel {
     const int column = block_id() % params.slabs * Product::N;
     const EpilogueMatrices& m = params.m[view];
     float* const tile = reinterpret_cast<float*>(shared_memory());
-    float* const scratch = reinterpret_cast<float*>(shared_memory() + tile_bytes);
+    float* const scratch = reinterpret_cast<float*>(shared_memory() + Slab::Rows::bytes);
     const bool one_tile = p.n <= Product::M;
     Slab slab;
     slab.begin(p, view, column);

@@ -2,7 +2,7 @@
 //
 // For view a, with own = A_hat, other = B_hat, and one number a feature for everything but own, other and P:
 //
-//     P     = (K_b / D - shift I) A_hat                                              [N, D]
+//     P     = (K_b / D - shift (I - 1 1^T / N)) A_hat                                [N, D]
 //     q     = rstd (alpha P + d other)
 //     grad  = q + (rstd alpha shift - kappa m) own
 //     m     = mean_n(own q) + rstd alpha shift mean_n(own^2)

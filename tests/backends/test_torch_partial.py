@@ -51,6 +51,17 @@ def test_everything_on_one_rank(n, d, dtype, normalization):
         assert error(got, want, at_least=size) < tolerance
 
 
+@pytest.mark.parametrize("sizes", [(300,), (100, 200)])
+def test_the_bulk_is_taken_out_before_k_is_rounded(sizes):
+    """In half precision the product is the nearest to that in float32."""
+    n, d = sum(sizes), 5000
+    flats = [torch.randn(sum(ops.panel_sizes(n))) for _ in range(2)]
+    taus = torch.full((2, len(sizes)), float(d), dtype=torch.float64)
+    exact, rounded = (ops.join_gram(flats, taus, sizes, d, dtype)[1] for dtype in (torch.float32, torch.bfloat16))
+    assert torch.equal(exact.bfloat16(), rounded)
+    assert error(exact[0, : sizes[0], : sizes[0]].mean(), torch.tensor(1 / sizes[0])) < 0.1
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_launches_on_an_accelerator(dtype):
     """A rank's K of one view: each of its panels once a chunk, however wide its part is."""

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from cases import NORMALIZATIONS, ROUTES, answer, assert_close, error, oracle, views
+from cases import NORMALIZATIONS, ROUTES, answer, assert_close, error, oracle, similar_views, views, wide_oracle
 
 from barlow_fused import barlow_twins_loss
 from barlow_fused.backends.operations import Weights
@@ -45,6 +45,18 @@ def test_small_halves_keep_the_tolerance(fused, n, d, dtype, route, monkeypatch)
     monkeypatch.undo()  # the blocks and limits of the table, and the tolerance
     z_a, z_b = views(n, d, dtype)
     assert_close(answer(fused(route=route), z_a, z_b), z_a, z_b, BATCH_NORM)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize(("n", "d"), [(32, 8192), (32, 16384), (64, 32768)])
+def test_halves_of_many_features(fused, n, d, dtype, monkeypatch):
+    """K is close to D (I - 1 1^T / N), whose rounding would drown the gradient."""
+    monkeypatch.undo()  # the blocks and limits of the table, and the tolerance
+    z_a, z_b = similar_views(n, d, dtype)
+    got, ref = answer(fused(route="gram"), z_a, z_b), wide_oracle(z_a, z_b)
+    assert error(got.loss, ref.loss) < 1e-4
+    assert error(got.grad_a, ref.grad_a) < 5e-3
+    assert error(got.grad_b, ref.grad_b) < 5e-3
 
 
 @pytest.mark.parametrize("route", ROUTES)

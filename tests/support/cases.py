@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from barlow_fused.normalization import CONVENTIONS, Normalization
-from barlow_fused.reference import reference_loss
+from barlow_fused.reference import reference_loss, standardize
 
 # With ATEN_CPU_CAPABILITY=default inductor writes code for vectors that PyTorch then does not have
 inductor = pytest.mark.skipif(
@@ -71,6 +71,28 @@ def oracle(
 
 
 _answers: dict[tuple, Answer] = {}
+
+
+def similar_views(n: int, d: int, dtype: torch.dtype, difference: float = 0.02) -> tuple[Tensor, Tensor]:
+    """Two views of deviation 1 that differ by that much."""
+    generator = torch.Generator().manual_seed(0)
+    z_a = torch.randn(n, d, generator=generator)
+    z_b = z_a + difference * torch.randn(n, d, generator=generator)
+    return z_a.to(dtype), z_b.to(dtype)
+
+
+def wide_oracle(
+    z_a: Tensor, z_b: Tensor, normalization: Normalization = CONVENTIONS["batch_norm"], lambd: float = 0.0051
+) -> Answer:
+    """The answer in float64 where C would be too large: autograd through N x N matrices, the same number."""
+    n, columns = z_a.shape[0], 4096
+    a, b = (z.detach().double().requires_grad_() for z in (z_a, z_b))
+    a_hat, b_hat = (standardize(z, normalization) for z in (a, b))
+    c = (a_hat * b_hat).mean(0)
+    k_a, k_b = (sum(part @ part.T for part in x.split(columns, 1)) for x in (a_hat, b_hat))
+    on_diag, off_diag = (c - 1).square().sum(), (k_a * k_b).sum() / n**2 - c.square().sum()
+    loss = on_diag + lambd * off_diag
+    return Answer(*(t.detach() for t in (loss, on_diag, off_diag)), *torch.autograd.grad(loss, (a, b)))
 
 
 def _oracle(z_a: Tensor, z_b: Tensor, normalization: Normalization | None, **kwargs) -> Answer:

@@ -1,7 +1,7 @@
 """gram: K_a = A_hat A_hat^T, K_b = B_hat B_hat^T, their inner product, and the terms of the loss. One launch.
 
     reads   A_hat, B_hat [N, D]; the sums of ``normalize``
-    writes  K_a / D - shift * I and K_b / D - shift * I, [2, N, N] in the compute dtype (only for a gradient)
+    writes  K_a / D - shift (I - 1 1^T / N) and K_b / D alike, [2, N, N] in the compute dtype (only for a gradient)
             loss, on_diag, off_diag, float32
     FLOPs   2 N^2 D: both products, each on its lower triangle
     bytes   each of T = ceil(N / BLOCK) tile rows of A_hat is read about T times, from L2 where slices march together;
@@ -15,9 +15,9 @@ The ideas:
   the bits do not depend on who was last. Slices fill the chip where tiles do not (N = 256: 10 tiles, 132 SMs), and
   cut the tail of the last wave where they do (N = 2048: 136 tiles). No item holds two accumulators, so the
   tile is as large as a plain product's. The workspace takes the place of the input gradients, which do not exist yet.
-* **The diagonal is taken out.** Standardised features give K / D a diagonal near 1, and K_b A_hat / D a large part
-  along A_hat, which the batch norm's backward removes again. Rounded to bfloat16 it would leave 2^-9 of itself behind.
-  K / D - I is stored instead, and ``input_grad`` adds A_hat in float32.
+* **The bulk is taken out.** Standardised features in many dimensions give K / D close to I - 1 1^T / N, and K_b A_hat
+  / D close to A_hat, a part that the batch norm's backward removes again. Rounded to bfloat16 it would leave 2^-9 of itself
+  behind. K / D - I + 1 1^T / N is stored instead, and ``input_grad`` adds A_hat in float32; 1^T A_hat is 0.
 
 A persistent grid was left out: Triton does not overlap a tile's epilogue with the next one's loads, and slices of D
 already balance the load.
@@ -98,7 +98,7 @@ def gram_kernel(
             twice = tl.where(rows > columns, 2.0, 1.0)  # for the triangle that is not computed
             tile_sum += tl.sum(tl.where(lower, k_a.to(tl.float64) * k_b.to(tl.float64) * twice, 0.0), 1)
             if k_out is not None:
-                shift = tl.where(rows == columns, SHIFT * 1.0, 0.0)
+                shift = SHIFT * 1.0 * (tl.where(rows == columns, 1.0, 0.0) - 1.0 / N)
                 k_a = cast(k_a / D - shift, k_out)
                 k_b = cast(k_b / D - shift, k_out)
                 rows = rows.to(tl.int64)
