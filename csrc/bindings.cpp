@@ -6,8 +6,10 @@
 // again would cost as much as a launch.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
+#include <map>
 #include <stdexcept>
 #include <string>
 
@@ -125,10 +127,14 @@ PYBIND11_MODULE(BARLOW_MODULE, module) {
   module.attr("sources") = BARLOW_SOURCES;  // a hash of csrc/
 #ifdef BARLOW_EMULATION
   module.attr("emulated") = true;
-  module.def("emulate", [](int capability, int multiprocessors) {  // 90: a device of compute capability 9.0
-    emulated_device().capability = capability;
-    emulated_device().multiprocessors = multiprocessors;
-  });
+  // 90: a device of compute capability 9.0; clusters: how many of a size it holds at once, where that is known
+  module.def(
+      "emulate",
+      [](int capability, int multiprocessors, int shared_bytes, const std::map<int, int>& clusters) {
+        emulated_device() = {multiprocessors, shared_bytes, capability, clusters};
+      },
+      py::arg("capability"), py::arg("multiprocessors"), py::arg("shared_bytes") = DeviceInfo().shared_bytes,
+      py::arg("clusters") = std::map<int, int>());
 #else
   module.attr("emulated") = false;
   module.attr("cuda_version") = BARLOW_CUDA_VERSION;    // of nvcc and of the runtime library inside, "13.0.88"
@@ -160,6 +166,7 @@ PYBIND11_MODULE(BARLOW_MODULE, module) {
     return plan_correlate(n, d, static_cast<DType>(dtype), tf32 ? Precision::tf32 : Precision::float32, device);
   });
 
+  module.def("warm_up", warm_up);
   bind(module, "normalize", normalize);
   bind(module, "gram", gram);
   bind(module, "partial_gram", partial_gram);

@@ -137,6 +137,10 @@ GramPlan plan_gram(int n, int d, DType dtype, Precision precision, int device);
 GramPlan plan_partial_gram(int n, int d, DType dtype, int device);  // without partials: the caller knows `size`
 CorrelatePlan plan_correlate(int n, int d, DType dtype, Precision precision, int device);
 
+// Loads every kernel onto a device and asks what else the first launches would ask, so that those to come can be
+// captured in a graph. Returns how many kernels there are for this device.
+int warm_up(int device);
+
 void normalize(const Normalize&, Stream);
 void gram(const Gram&, Stream);
 void partial_gram(const PartialGram&, Stream);

@@ -42,7 +42,7 @@ def use(module: ModuleType | None) -> None:
     """Take the kernels from ``module``, as tests take those compiled for the CPU; None: from the built extension."""
     global _instead
     _instead = module
-    for cached in (extension, why_no_extension, why_not_here, _plan):
+    for cached in (extension, why_no_extension, why_not_here, warm_up, _plan):
         cached.cache_clear()
 
 
@@ -66,6 +66,15 @@ def why_no_extension() -> str | None:
     except ImportError as error:
         return f"the extension cannot be loaded, build it again: {error}"
     return None
+
+
+@functools.cache
+def warm_up(device: torch.device) -> int:
+    """Load every kernel onto ``device``, once: the calls to come can be captured in CUDA graphs. Returns how many.
+
+    The first call of an operation does so by itself.
+    """
+    return extension().warm_up(device.index or 0)
 
 
 @functools.cache
@@ -256,6 +265,7 @@ class _Plan:
 
 @functools.lru_cache(maxsize=1024)
 def _plan(n: int, d: int, z_dtype: torch.dtype, dtype: torch.dtype, tf32: bool, device: torch.device) -> _Plan:
+    warm_up(device)
     kernels, index = extension(), device.index or 0
     slabs = kernels.plan_normalize(n, d, DTYPES[z_dtype], index)
     products = (n, d, DTYPES[dtype], tf32, index)

@@ -21,6 +21,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "kernels.h"
 
@@ -89,6 +90,25 @@ void check_launch(const What& what, int n, int d, int64_t blocks, int shared_byt
                              " bytes of shared memory a block, this device has " + std::to_string(available));
   }
 }
+
+// Every kernel that this module can launch: `launch` and `launch_clusters` list theirs, by being compiled.
+struct ListedKernel {
+  const char* name;
+  bool hopper;                  // compiled for sm_90a alone
+  void (*prepare)(int device);  // what would else happen at the first launch
+};
+inline std::vector<ListedKernel>& listed_kernels() {
+  static std::vector<ListedKernel> list;
+  return list;
+}
+template <class Kernel, bool HOPPER, void (*PREPARE)(int)>
+struct Listing {
+  static bool add() {
+    listed_kernels().push_back({Kernel::name, HOPPER, PREPARE});
+    return true;
+  }
+  static inline const bool done = add();  // before main, where `done` is used anywhere
+};
 
 }  // namespace barlow
 

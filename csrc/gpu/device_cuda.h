@@ -1,6 +1,7 @@
 // device_cuda.h: device.h's primitives on a GPU. Included by device.h alone.
 #pragma once
 
+#include <atomic>
 #include <map>
 #include <mutex>
 #include <stdexcept>
@@ -164,6 +165,19 @@ class DeviceGuard {
   int before_ = 0, now_ = 0;
 };
 
+// Within its life this thread may load kernels although a stream is being captured: nothing of it belongs to the graph.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { exchange(); }
+  ~RelaxedCapture() { exchange(); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  void exchange() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 struct DeviceInfo {
   int multiprocessors = 0;
   int shared_bytes = 0;  // that a block may use
@@ -195,22 +209,33 @@ __global__ void __launch_bounds__(Kernel::threads, Kernel::blocks_per_sm)
   Kernel::run(params);
 }
 
+// Loads a kernel onto a device, once, and lets it use all of the shared memory. The device is the current one.
+template <class Function>
+void prepare_kernel(std::atomic<uint64_t>& prepared, Function* kernel, const char* name, int device) {
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if ((prepared.load(std::memory_order_acquire) & bit) != 0) return;
+  const auto what = [=] { return std::string(name) + ": loading it onto device " + std::to_string(device); };
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, kernel), what);
+  const int bytes = device_info(device).shared_bytes - static_cast<int>(attributes.sharedSizeBytes);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), what);
+  prepared.fetch_or(bit, std::memory_order_release);
+}
+template <class Kernel>
+void prepare(int device) {
+  static std::atomic<uint64_t> prepared{0};  // a bit each device
+  prepare_kernel(prepared, entry<Kernel>, Kernel::name, device);
+}
+
 // Runs Kernel on `blocks` blocks. n and d are for the error message.
 template <class Kernel>
 void launch(int64_t blocks, int shared_bytes, Stream stream, const typename Kernel::Params& params, int n, int d) {
+  (void)&Listing<Kernel, false, prepare<Kernel>>::done;
   const auto what = [=] { return launch_name(Kernel::name, n, d); };
   const DeviceInfo& info = device_info(stream.device);
   check_launch(what, n, d, blocks, shared_bytes, info.shared_bytes);
   const DeviceGuard guard(stream.device);
-  if (shared_bytes > 48 * 1024) {
-    static std::mutex mutex;
-    static std::map<int, int> allowed;  // of each device
-    const std::lock_guard<std::mutex> lock(mutex);
-    if (allowed[stream.device] < shared_bytes) {
-      check(cudaFuncSetAttribute(entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), what);
-      allowed[stream.device] = shared_bytes;
-    }
-  }
+  prepare<Kernel>(stream.device);
   entry<Kernel>
       <<<static_cast<unsigned>(blocks), Kernel::threads, shared_bytes, static_cast<cudaStream_t>(stream.handle)>>>(
           params);

@@ -189,11 +189,10 @@ BARLOW_DEVICE Vec16 load_from_block(const Vec16* p, int rank) {
 
 // ---- The host's side ------------------------------------------------------------------------------------------------
 
-// For copies of boxes of `rows` rows of m, [m_rows, m_columns] of 16-bit numbers. `what` names the launch.
-template <class What>
-TensorMap tensor_map(const Matrix& m, int m_rows, int m_columns, int rows, const What& what) {
+// The driver's function that makes tensor maps; the driver is not linked.
+inline auto tensor_map_encoder() {
   using Encode = decltype(&cuTensorMapEncodeTiled);
-  static const Encode encode = [] {  // from the driver, which is not linked
+  static const Encode encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
 #if CUDART_VERSION >= 12050
@@ -207,14 +206,20 @@ TensorMap tensor_map(const Matrix& m, int m_rows, int m_columns, int rows, const
     }
     return reinterpret_cast<Encode>(function);
   }();
+  return encode;
+}
+
+// For copies of boxes of `rows` rows of m, [m_rows, m_columns] of 16-bit numbers. `what` names the launch.
+template <class What>
+TensorMap tensor_map(const Matrix& m, int m_rows, int m_columns, int rows, const What& what) {
   TensorMap map;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(m_columns), static_cast<cuuint64_t>(m_rows)};
   const cuuint64_t row_bytes[1] = {static_cast<cuuint64_t>(m.row_stride) * 2};
   const cuuint32_t box[2] = {box_columns, static_cast<cuuint32_t>(rows)}, steps[2] = {1, 1};
-  const CUresult result =
-      encode(&map, m.dtype == DType::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
-             m.data, sizes, row_bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = tensor_map_encoder()(
+      &map, m.dtype == DType::bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, m.data,
+      sizes, row_bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     throw std::runtime_error(what() + ": cuTensorMapEncodeTiled failed, CUresult " + std::to_string(result));
   }
@@ -227,42 +232,54 @@ __global__ void __cluster_dims__(Kernel::cluster, 1, 1) __launch_bounds__(Kernel
   Kernel::run(params);
 }
 
+template <class Kernel>
+void prepare_clusters(int device) {
+  static std::atomic<uint64_t> prepared{0};  // a bit each device
+  prepare_kernel(prepared, cluster_entry<Kernel>, Kernel::name, device);
+  tensor_map_encoder();
+}
+
+// How many of Kernel's clusters a device holds at once: 0 where none fits, as on a small part of a GPU.
+template <class Kernel>
+int clusters_at_once(int device) {
+  (void)&Listing<Kernel, true, prepare_clusters<Kernel>>::done;
+  static std::mutex mutex;
+  static std::map<int, int> known;  // of each device
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(device);
+  if (found != known.end()) return found->second;
+  int most = 0;
+  if (Kernel::shared_bytes <= device_info(device).shared_bytes) {
+    const DeviceGuard guard(device);
+    const RelaxedCapture relaxed;
+    prepare_clusters<Kernel>(device);
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(Kernel::cluster * device_info(device).multiprocessors);
+    config.blockDim = dim3(Kernel::threads);
+    config.dynamicSmemBytes = Kernel::shared_bytes;
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim.x = Kernel::cluster;
+    attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    check(cudaOccupancyMaxActiveClusters(&most, cluster_entry<Kernel>, &config),
+          [] { return std::string(Kernel::name) + ": asking how many clusters fit"; });
+  }
+  return known[device] = most;
+}
+
 // Runs Kernel, whose blocks come in clusters and take work as long as there is any, on as many clusters as the device
 // holds at once, but not more than `clusters`. The caller has made the device the current one.
 template <class Kernel>
-void launch_clusters(int64_t clusters, int shared_bytes, Stream stream, const typename Kernel::Params& params, int n,
-                     int d) {
+void launch_clusters(int64_t clusters, Stream stream, const typename Kernel::Params& params, int n, int d) {
   const auto what = [=] { return launch_name(Kernel::name, n, d); };
-  static std::mutex mutex;
-  static std::map<int, int> at_once;  // of each device
-  int most;
-  {
-    const std::lock_guard<std::mutex> lock(mutex);
-    int& known = at_once[stream.device];
-    if (known == 0) {
-      check_launch(what, n, d, 1, shared_bytes, device_info(stream.device).shared_bytes);
-      check(cudaFuncSetAttribute(cluster_entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
-            what);
-      cudaLaunchConfig_t config{};
-      config.gridDim = dim3(Kernel::cluster * device_info(stream.device).multiprocessors);
-      config.blockDim = dim3(Kernel::threads);
-      config.dynamicSmemBytes = shared_bytes;
-      cudaLaunchAttribute attribute{};
-      attribute.id = cudaLaunchAttributeClusterDimension;
-      attribute.val.clusterDim.x = Kernel::cluster;
-      attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-      config.attrs = &attribute;
-      config.numAttrs = 1;
-      check(cudaOccupancyMaxActiveClusters(&known, cluster_entry<Kernel>, &config), what);
-      if (known < 1) throw std::runtime_error(what() + ": no cluster fits on this device");
-    }
-    most = known;
-  }
+  const int most = clusters_at_once<Kernel>(stream.device);
+  if (most < 1) throw std::runtime_error(what() + ": no cluster fits on this device");
   const int64_t blocks = smaller<int64_t>(clusters, most) * Kernel::cluster;
-  check_launch(what, n, d, blocks, shared_bytes, device_info(stream.device).shared_bytes);
-  cluster_entry<Kernel>
-      <<<static_cast<unsigned>(blocks), Kernel::threads, shared_bytes, static_cast<cudaStream_t>(stream.handle)>>>(
-          params);
+  check_launch(what, n, d, blocks, Kernel::shared_bytes, device_info(stream.device).shared_bytes);
+  cluster_entry<Kernel><<<static_cast<unsigned>(blocks), Kernel::threads, Kernel::shared_bytes,
+                          static_cast<cudaStream_t>(stream.handle)>>>(params);
   check(cudaGetLastError(), what);
 }
 

@@ -45,7 +45,8 @@ void choose_gram(const Gram& p, Stream stream) {
 
 GramPlan plan_gram(int n, int d, DType dtype, Precision precision, int device) {
   const bool split_products = dtype == DType::float32 && precision == Precision::float32;
-  const bool hopper = is_hopper(device) && dtype != DType::float32;
+  const int clusters = dtype != DType::float32 ? hopper_gram_clusters(n, device) : 0;
+  const bool hopper = clusters > 0;
   GramPlan plan{};
   plan.block = n >= (hopper ? 65 : many_rows) && !split_products ? 128 : 64;
   const int rows = ceil_div(n, plan.block);
@@ -63,12 +64,11 @@ GramPlan plan_gram(int n, int d, DType dtype, Precision precision, int device) {
   if (hopper && plan.block == 128) {
     if (n > hopper_gram_many_rows) {  // clusters of two blocks, squares of 256
       works = 1LL * ceil_div(rows, 2) * (ceil_div(rows, 2) + 1);
-      workers /= 2;
     } else {
       blocks = hopper_gram_pieces;
-      workers = larger<int64_t>(1, workers / blocks);
       plan.tiles *= blocks;
     }
+    workers = clusters;
     least = smaller(ceil_div(steps, blocks * promote_products / 64), max_split);  // no second accumulator: short sums
   }
   int64_t best = INT64_MAX;

@@ -186,15 +186,15 @@ void launch_correlate(const Correlate& p, Stream stream) {
     params.raw[1] = Job::Product::b_map(p.z_b, p.n, p.d, what);
   }
   params.works = params.tiles_j * params.tiles_j;
-  launch_clusters<Kernel>(params.works, Kernel::shared_bytes, stream, params, p.n, p.d);
+  launch_clusters<Kernel>(params.works, stream, params, p.n, p.d);
 }
 
 }  // namespace
 
 bool hopper_can_correlate(const Correlate& p, int device) {
   const auto is_map = [&p](const Matrix& m) { return has_tensor_map(m) && m.dtype == p.a_hat.dtype; };
-  return is_hopper(device) && p.block == 128 && is_map(p.a_hat) && is_map(p.b_hat) &&
-         (p.z_a.data == nullptr || (is_map(p.z_a) && is_map(p.z_b)));
+  return is_hopper(device) && clusters_at_once<HopperKernel<CorrelateJob<bfloat16>>>(device) > 0 && p.block == 128 &&
+         is_map(p.a_hat) && is_map(p.b_hat) && (p.z_a.data == nullptr || (is_map(p.z_a) && is_map(p.z_b)));
 }
 
 void hopper_correlate(const Correlate& p, Stream stream) {

@@ -3,7 +3,7 @@
 // A cluster of two blocks computes 256 x 256 of P at a time, 128 rows each. Of each feature four numbers are worked out
 // once for a tile, grad = weight_p P + weight_y y + weight_x x + offset, with x and y as they lie in memory.
 //
-// N = 8192, D = 2048: 256 tiles of 128 x 256 and 32 steps of 1024 cycles for 132 multiprocessors, two waves; a tile's
+// N = 8192, D = 2048: 512 tiles of 128 x 256 and 32 steps of 1024 cycles for 132 multiprocessors, four waves; a tile's
 // epilogue reads 128 KiB, loaded ahead by the TMA, and writes 64 KiB.
 #include "blocks/grouped.h"
 #include "blocks/hopper_epilogue.h"
@@ -106,7 +106,7 @@ void launch_direct_grad(const InputGrad& p, Stream stream) {
   params.other = tensor_map(p.own[1 - VIEW], p.n, p.d, Job::Product::M, what);
   params.m = epilogue_matrices(p, VIEW);
   params.works = ceil_div(p.n, 256) * ceil_div(p.d, 256);
-  launch_clusters<Kernel>(params.works, Kernel::shared_bytes, stream, params, p.n, p.d);
+  launch_clusters<Kernel>(params.works, stream, params, p.n, p.d);
 }
 
 template <class T>
@@ -118,8 +118,9 @@ void both_views(const InputGrad& p, Stream stream) {
 }  // namespace
 
 bool hopper_can_direct_grad(const InputGrad& p, int device) {
-  return is_hopper(device) && hopper_fills(device, 2, ceil_div(p.n, 256) * ceil_div(p.d, 256)) &&
-         has_tensor_map(p.hat[0]) && has_tensor_map(p.hat[1]) && has_tensor_map(p.product) && hopper_can_finish(p);
+  return is_hopper(device) && clusters_at_once<HopperKernel<DirectGradJob<bfloat16, 0>>>(device) > 0 &&
+         hopper_fills(device, 2, ceil_div(p.n, 256) * ceil_div(p.d, 256)) && has_tensor_map(p.hat[0]) &&
+         has_tensor_map(p.hat[1]) && has_tensor_map(p.product) && hopper_can_finish(p);
 }
 
 void hopper_direct_grad(const InputGrad& p, Stream stream) {

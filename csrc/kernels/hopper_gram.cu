@@ -187,13 +187,16 @@ void launch_gram(const Gram& p, Stream stream) {
   const int squares = square_rows * (square_rows + 1) / 2;  // of the lower triangle: what a cluster computes
   if constexpr (Product::N > 128) params.squares = squares;
   params.works = 2 * squares * p.split;
-  launch_clusters<Kernel>(params.works, Kernel::shared_bytes, stream, params, p.n, p.d);
+  launch_clusters<Kernel>(params.works, stream, params, p.n, p.d);
 }
+
+template <class T>
+using SquareJob = GramSquareJob<HopperMultiply<T, 256, 4, 2, true, true>>;
 
 template <class T>
 void choose_gram(const Gram& p, Stream stream) {
   if (p.n > hopper_gram_many_rows) {
-    launch_gram<GramSquareJob<HopperMultiply<T, 256, 4, 2, true, true>>>(p, stream);
+    launch_gram<SquareJob<T>>(p, stream);
   } else {
     launch_gram<GramTileJob<T>>(p, stream);
   }
@@ -201,8 +204,14 @@ void choose_gram(const Gram& p, Stream stream) {
 
 }  // namespace
 
+int hopper_gram_clusters(int n, int device) {
+  if (!is_hopper(device)) return 0;
+  return n > hopper_gram_many_rows ? clusters_at_once<HopperKernel<SquareJob<bfloat16>>>(device)
+                                   : clusters_at_once<HopperKernel<GramTileJob<bfloat16>>>(device);
+}
+
 bool hopper_can_gram(const Gram& p, int device) {
-  return is_hopper(device) && p.block == 128 && has_tensor_map(p.a_hat) && has_tensor_map(p.b_hat);
+  return p.block == 128 && has_tensor_map(p.a_hat) && has_tensor_map(p.b_hat) && hopper_gram_clusters(p.n, device) > 0;
 }
 
 void hopper_gram(const Gram& p, Stream stream) {

@@ -1,14 +1,14 @@
 // gram_grad on Hopper: gram_grad.h with hopper_multiply.h's product and hopper_epilogue.h, half precision.
 //
 // A cluster of 2, 4 or 8 blocks owns a slab of 256 features with all N rows: each block computes row tiles of 128 of P,
-// all of them share the tile of A_hat (or B_hat), of which each fetches a part. Up to 1024 rows every block has one row
-// tile, and P waits in registers while the blocks add up their sums of own q through distributed shared memory, always
-// in the order of the blocks: the gradient is stored once, and no second walk over memory is needed. Beyond, a block
-// walks over its row tiles, and over what it has stored, as gram_grad.h says; a cluster's part of that, 256 features of
-// 2048 rows, is 1 MiB of the gradient and 1 MiB of own, for 16 clusters 32 MiB: they are still in L2.
+// all of them share the tile of A_hat (or B_hat), of which each fetches a part. Where every block has one row tile, P
+// waits in registers while the blocks add up their sums of own q through distributed shared memory, always in the order
+// of the blocks: the gradient is stored once, and no second walk over memory is needed. Else a block walks over its row
+// tiles, and over what it has stored, as gram_grad.h says. A slab of 2048 rows is 1 MiB of the gradient and 1 MiB of
+// own: the 33 clusters of 4 that run at once find 66 MiB of them, more than half still in L2.
 //
-// N = 1024, D = 65536, both views: 512 slabs for 16 clusters of 8, 32 each: 16 steps of 1024 cycles for the product of
-// a tile, and 192 KiB through the ring for its epilogue, of which 64 KiB, own again, were there a moment ago.
+// The cluster is chosen by how long all slabs take. Fewer blocks leave fewer row tiles empty (1100 rows are 9 tiles: 10
+// with clusters of 2, 16 with clusters of 8) and fill the chip better: it holds 15 clusters of 8, 33 of 4, 66 of 2.
 #include "blocks/hopper_epilogue.h"
 #include "kernels/gram_grad.h"
 #include "kernels/hopper_kernels.h"
@@ -237,29 +237,65 @@ void launch_gram_grad(const InputGrad& p, Stream stream) {
     params.own[view] = tensor_map(p.own[view], p.n, p.d, Job::Product::M, what);
     params.m[view] = epilogue_matrices(p, view);
   }
-  launch_clusters<Kernel>(params.works, Kernel::shared_bytes, stream, params, p.n, p.d);
+  launch_clusters<Kernel>(params.works, stream, params, p.n, p.d);
+}
+
+// Blocks that share a slab, and whether each walks over several row tiles.
+struct ClusterChoice {
+  int cluster = 0;  // 0: none fits
+  bool walk = false;
+};
+
+template <int CLUSTER, bool WALK>
+void consider(ClusterChoice& best, int64_t& least, int n, int64_t slabs, int device) {
+  const int rows = ceil_div(n, 128), parts = ceil_div(rows, CLUSTER);
+  const int at_once = clusters_at_once<HopperKernel<GramGradJob<bfloat16, CLUSTER, WALK>>>(device);
+  if (at_once == 0 || WALK != (parts > 1)) return;
+  // A row tile takes its steps, and about as long as 7 more for its epilogue, or 10 where it walks twice.
+  const int64_t time = ceil_div(slabs, int64_t{at_once}) * parts * (ceil_div(n, 64) + (WALK ? 10 : 7));
+  if (time < least) {
+    least = time;
+    best = {CLUSTER, WALK};
+  }
+}
+
+// The larger of two clusters that take as long: its blocks ask less of L2.
+ClusterChoice choose_cluster(int n, int64_t slabs, int device) {
+  ClusterChoice best;
+  int64_t least = INT64_MAX;
+  consider<8, false>(best, least, n, slabs, device);
+  consider<8, true>(best, least, n, slabs, device);
+  consider<4, false>(best, least, n, slabs, device);
+  consider<4, true>(best, least, n, slabs, device);
+  consider<2, false>(best, least, n, slabs, device);
+  consider<2, true>(best, least, n, slabs, device);
+  return best;
+}
+
+int64_t slabs_of(const InputGrad& p) {
+  return int64_t{ceil_div(p.d, 256)} * ((p.grad[0].data != nullptr) + (p.grad[1].data != nullptr));
+}
+
+template <class T, bool WALK>
+void launch_with(int cluster, const InputGrad& p, Stream stream) {
+  if (cluster == 8) return launch_gram_grad<T, 8, WALK>(p, stream);
+  if (cluster == 4) return launch_gram_grad<T, 4, WALK>(p, stream);
+  return launch_gram_grad<T, 2, WALK>(p, stream);
 }
 
 template <class T>
 void choose_gram_grad(const InputGrad& p, Stream stream) {
-  if (p.n <= 256) {
-    launch_gram_grad<T, 2, false>(p, stream);
-  } else if (p.n <= 512) {
-    launch_gram_grad<T, 4, false>(p, stream);
-  } else if (p.n <= 1024) {
-    launch_gram_grad<T, 8, false>(p, stream);
-  } else {
-    launch_gram_grad<T, 8, true>(p, stream);
-  }
+  const ClusterChoice choice = choose_cluster(p.n, slabs_of(p), stream.device);
+  choice.walk ? launch_with<T, true>(choice.cluster, p, stream) : launch_with<T, false>(choice.cluster, p, stream);
 }
 
 }  // namespace
 
 bool hopper_can_gram_grad(const InputGrad& p, int device) {
-  const int slabs = ceil_div(p.d, 256) * ((p.grad[0].data != nullptr) + (p.grad[1].data != nullptr));
-  const int cluster = p.n <= 256 ? 2 : p.n <= 512 ? 4 : 8;
-  if (!is_hopper(device) || p.n <= 128 || !hopper_fills(device, cluster, slabs)) return false;
-  return has_tensor_map(p.hat[0]) && has_tensor_map(p.hat[1]) && has_tensor_map(p.product) && hopper_can_finish(p);
+  if (!is_hopper(device) || p.n <= 128) return false;
+  const int cluster = choose_cluster(p.n, slabs_of(p), device).cluster;
+  return cluster > 0 && hopper_fills(device, cluster, slabs_of(p)) && has_tensor_map(p.hat[0]) &&
+         has_tensor_map(p.hat[1]) && has_tensor_map(p.product) && hopper_can_finish(p);
 }
 
 void hopper_gram_grad(const InputGrad& p, Stream stream) {

@@ -6,12 +6,14 @@
 
 namespace barlow {
 
-// Whether a Hopper kernel can run, and should: a Hopper GPU, half precision, matrices that the TMA can copy (16-byte
-// aligned rows), and enough tiles to fill the chip.
+// Whether a Hopper kernel can run, and should: a Hopper GPU on which its clusters fit, half precision, matrices that the
+// TMA can copy (16-byte aligned rows), and enough tiles to fill the chip.
 bool hopper_can_gram(const Gram&, int device);
 bool hopper_can_correlate(const Correlate&, int device);
 bool hopper_can_gram_grad(const InputGrad&, int device);
 bool hopper_can_direct_grad(const InputGrad&, int device);
+
+int hopper_gram_clusters(int n, int device);  // of gram's kernel for n rows, at once; 0 where none fits
 
 void hopper_gram(const Gram&, Stream);
 void hopper_correlate(const Correlate&, Stream);

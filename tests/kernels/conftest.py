@@ -74,9 +74,8 @@ def _belongs(item: pytest.Item, kind: str) -> bool:
     halves = parameters.get("dtype") in HALVES or item.originalname in OF_HALVES
     if parameters.get("kernels") == "sm_90" and not halves:
         return False  # float32 takes the same kernels on every GPU
-    if kind == "interpreter" and parameters.get("d", 0) > (
-        16384 if parameters.get("dtype") == torch.bfloat16 else 8192
-    ):
+    widest = 16384 if parameters.get("dtype") == torch.bfloat16 else 8192
+    if kind == "interpreter" and parameters.get("d", 0) > widest:
         return False  # minutes
     return kind != "sanitized" or any(re.search(part, item.name) for part in SANITIZED)
 

@@ -69,7 +69,7 @@ bool is_right() {
   params.k = k;
   params.works = 2;
   emulated_device().multiprocessors = CLUSTER;  // one cluster, which takes both works
-  launch_clusters<Kernel>(2, Kernel::shared_bytes, Stream{}, params, m, n);
+  launch_clusters<Kernel>(2, Stream{}, params, m, n);
   double worst = 0;
   for (int i = 0; i < m; ++i) {
     for (int j = 0; j < n; ++j) {

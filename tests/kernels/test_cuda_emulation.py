@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import cases
 import pytest
 import torch
 from cases import ROUTES, answer, views
 
+from barlow_fused import barlow_twins_loss
 from barlow_fused.backends import accelerator, cuda_backend, why_unusable
 
 CPU = torch.device("cpu")
@@ -30,6 +33,74 @@ def test_the_plan_covers_all_columns_and_keeps_the_memory_bound(module):
             step = -(-d // (plan.split * plan.steps))  # the columns of a step, or a little fewer
             assert (plan.split - 1) * plan.steps * step < d
             assert plan.split == 1 or plan.partials * 4 <= 2 * n * d * 2
+
+
+@pytest.fixture
+def emulated(module):
+    """emulated(capability, multiprocessors, shared_bytes=, clusters=): the CUDA backend on such a device."""
+    cuda_backend.use(module)
+
+    def emulate(*args, **kwargs):
+        cuda_backend.use(module)  # forgets the plans for another device
+        module.emulate(*args, **kwargs)
+        return functools.partial(barlow_twins_loss, backend="cuda", return_terms=True)
+
+    yield emulate
+    module.emulate(80, 8)
+    cuda_backend.use(None)
+
+
+def assert_halves_are_right(loss, n, d, route):
+    z_a, z_b = views(n, d, torch.bfloat16)
+    got, ref = answer(functools.partial(loss, route=route), z_a, z_b), cases.oracle(z_a, z_b)
+    assert cases.error(got.loss, ref.loss) < 5e-4
+    assert cases.error(got.grad_a, ref.grad_a) < 5e-3
+    assert cases.error(got.grad_b, ref.grad_b) < 5e-3
+
+
+KIB = 1024
+LARGE_TILES = [(300, 700, "gram"), (100, 800, "direct")]
+
+
+@pytest.mark.parametrize(("n", "d", "route"), LARGE_TILES)
+@pytest.mark.parametrize(("capability", "shared_bytes"), [(86, 99 * KIB), (80, 163 * KIB), (100, 227 * KIB)])
+def test_the_portable_kernels_fit_every_gpu(emulated, capability, shared_bytes, n, d, route):
+    """With the largest tiles: 8.6, 8.9 and 12.0 have 99 KiB of shared memory a block."""
+    assert_halves_are_right(emulated(capability, 8, shared_bytes=shared_bytes), n, d, route)
+
+
+@pytest.mark.parametrize(("n", "d", "route"), LARGE_TILES)
+def test_a_hopper_device_on_which_no_cluster_fits(emulated, n, d, route):
+    """A small part of a GPU takes the portable kernels, and not a plan for others."""
+    loss = emulated(90, 8, clusters={1: 0, 2: 0, 4: 0, 8: 0})
+    plan = cuda_backend.extension().plan_gram(n, d, 1, False, 0)
+    portable = emulated(80, 8) and cuda_backend.extension().plan_gram(n, d, 1, False, 0)
+    assert (plan.block, plan.split, plan.tiles) == (portable.block, portable.split, portable.tiles)
+    loss = emulated(90, 8, clusters={1: 0, 2: 0, 4: 0, 8: 0})
+    assert_halves_are_right(loss, n, d, route)
+
+
+@pytest.mark.parametrize(("n", "d"), [(300, 1800), (600, 700)])
+def test_a_device_that_holds_15_clusters_of_8(emulated, n, d):
+    """As an H100 of 132 multiprocessors, some of whose groups have fewer than 16."""
+    assert_halves_are_right(emulated(90, 132, clusters={8: 15}), n, d, "gram")
+
+
+def test_warm_up_touches_every_kernel(emulated):
+    """More of them on Hopper, whose kernels no other device can load. tests/kernels/test_nvcc.py counts those of nvcc."""
+    emulated(80, 8)
+    portable = cuda_backend.warm_up(CPU)
+    emulated(90, 8)
+    assert cuda_backend.warm_up(CPU) > portable > 20
+
+
+def test_the_first_call_warms_up(emulated, monkeypatch):
+    emulated(90, 8)
+    warmed = []
+    monkeypatch.setattr(cuda_backend, "warm_up", warmed.append)
+    z_a, z_b = views(8, 64)
+    cuda_backend.normalize(z_a, z_b, None)
+    assert warmed == [CPU]
 
 
 def test_who_may_run_it(module):

@@ -16,8 +16,8 @@ The ideas:
   cut the tail of the last wave where they do (N = 2048: 136 tiles). No item holds two accumulators, so the
   tile is as large as a plain product's. The workspace takes the place of the input gradients, which do not exist yet.
 * **The bulk is taken out.** Standardised features in many dimensions give K / D close to I - 1 1^T / N, and K_b A_hat
-  / D close to A_hat, a part that the batch norm's backward removes again. Rounded to bfloat16 it would leave 2^-9 of itself
-  behind. K / D - I + 1 1^T / N is stored instead, and ``input_grad`` adds A_hat in float32; 1^T A_hat is 0.
+  / D close to A_hat, a part that the batch norm's backward removes again. Rounded to bfloat16 it would leave 2^-9 of
+  itself behind. K / D - I + 1 1^T / N is stored instead, and ``input_grad`` adds A_hat in float32; 1^T A_hat is 0.
 
 A persistent grid was left out: Triton does not overlap a tile's epilogue with the next one's loads, and slices of D
 already balance the load.

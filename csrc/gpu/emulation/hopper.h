@@ -303,13 +303,23 @@ TensorMap tensor_map(const Matrix& m, int m_rows, int m_columns, int rows, const
 }
 
 template <class Kernel>
-void launch_clusters(int64_t clusters, int shared_bytes, Stream, const typename Kernel::Params& params, int n, int d) {
+int clusters_at_once(int) {
+  (void)&Listing<Kernel, true, prepare<Kernel>>::done;
+  const DeviceInfo& info = device_info(0);
+  if (Kernel::shared_bytes > info.shared_bytes) return 0;
+  const auto set = info.clusters.find(Kernel::cluster);
+  return set != info.clusters.end() ? set->second : info.multiprocessors / Kernel::cluster;
+}
+
+template <class Kernel>
+void launch_clusters(int64_t clusters, Stream, const typename Kernel::Params& params, int n, int d) {
   const auto what = [=] { return launch_name(Kernel::name, n, d); };
-  const int64_t most = larger(1, device_info(0).multiprocessors / Kernel::cluster);
+  const int most = clusters_at_once<Kernel>(0);
+  if (most < 1) throw std::runtime_error(what() + ": no cluster fits on this device");
   const int64_t blocks = smaller<int64_t>(clusters, most) * Kernel::cluster;
-  check_launch(what, n, d, blocks, shared_bytes, device_info(0).shared_bytes);
+  check_launch(what, n, d, blocks, Kernel::shared_bytes, device_info(0).shared_bytes);
   emulation::run_blocks(
-      blocks, Kernel::threads, shared_bytes,
+      blocks, Kernel::threads, Kernel::shared_bytes,
       [](const void* p) { Kernel::run(*static_cast<const typename Kernel::Params*>(p)); }, &params, what(),
       Kernel::cluster);
 }
