@@ -13,10 +13,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "kernels.h"
-#ifdef BARLOW_EMULATION
 #include "gpu/device.h"
-#endif
+#include "kernels.h"
 
 namespace py = pybind11;
 using namespace barlow;
@@ -167,6 +165,15 @@ PYBIND11_MODULE(BARLOW_MODULE, module) {
   });
 
   module.def("warm_up", warm_up);
+  module.def("kernels", [] {  // all, by type
+    py::list list;
+    for (const ListedKernel& k : listed_kernels()) {
+      using namespace py::literals;
+      list.append(py::dict("name"_a = k.name, "type"_a = k.type, "threads"_a = k.threads,
+                           "shared_bytes"_a = k.shared_bytes, "hopper"_a = k.hopper));
+    }
+    return list;
+  });
   bind(module, "normalize", normalize);
   bind(module, "gram", gram);
   bind(module, "partial_gram", partial_gram);

@@ -5,7 +5,7 @@ captured in a CUDA graph. No product goes through a library, and no float is add
 same bits.
 
                  launches                                  saved for the backward pass, beside the inputs
-    normalize    1, or 2 where N rows do not fit on chip   stats, and A_hat and B_hat, [2, N, D]
+    normalize    1, or 3 where N rows do not fit on chip   stats, and A_hat and B_hat, [2, N, D]
     gram         1                                         K, [2, N, N]
     correlate    1                                         C0, [D, D]
     input_grad   1 (gram), 1 a view (direct)

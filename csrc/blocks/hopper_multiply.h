@@ -245,6 +245,8 @@ struct HopperKernel {
   using Params = typename Job::Params;
   static constexpr const char* name = Job::name;
   static constexpr int threads = Product::threads, cluster = Job::cluster;
+  static constexpr int blocks_per_sm = 1;
+  static constexpr bool persistent = true;
   static constexpr int shared_bytes = Product::shared_bytes + Job::epilogue_bytes;
   static_assert(shared_bytes <= 227 * 1024, "fits a multiprocessor");
 

@@ -10,6 +10,7 @@
 //       struct Params { ... };                       // passed by value, at most 4 KB
 //       static constexpr int threads = 256;          // a block
 //       static constexpr int blocks_per_sm = 1;      // that must fit, which bounds the registers of a thread
+//       static constexpr int shared_bytes = 0;       // of a block; 0 where they depend on the shape
 //       static constexpr const char* name = "...";   // in error messages
 //       static BARLOW_DEVICE void run(const Params&);
 //     };
@@ -21,6 +22,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <typeinfo>
 #include <vector>
 
 #include "kernels.h"
@@ -93,7 +95,8 @@ void check_launch(const What& what, int n, int d, int64_t blocks, int shared_byt
 
 // Every kernel that this module can launch: `launch` and `launch_clusters` list theirs, by being compiled.
 struct ListedKernel {
-  const char* name;
+  const char *name, *type;      // the C++ type, mangled
+  int threads, shared_bytes;    // of a block; 0 bytes where they depend on the shape
   bool hopper;                  // compiled for sm_90a alone
   void (*prepare)(int device);  // what would else happen at the first launch
 };
@@ -104,7 +107,8 @@ inline std::vector<ListedKernel>& listed_kernels() {
 template <class Kernel, bool HOPPER, void (*PREPARE)(int)>
 struct Listing {
   static bool add() {
-    listed_kernels().push_back({Kernel::name, HOPPER, PREPARE});
+    listed_kernels().push_back(
+        {Kernel::name, typeid(Kernel).name(), Kernel::threads, Kernel::shared_bytes, HOPPER, PREPARE});
     return true;
   }
   static inline const bool done = add();  // before main, where `done` is used anywhere

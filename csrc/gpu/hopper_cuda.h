@@ -227,7 +227,7 @@ TensorMap tensor_map(const Matrix& m, int m_rows, int m_columns, int rows, const
 }
 
 template <class Kernel>
-__global__ void __cluster_dims__(Kernel::cluster, 1, 1) __launch_bounds__(Kernel::threads, 1)
+__global__ void __cluster_dims__(Kernel::cluster, 1, 1) __launch_bounds__(Kernel::threads, Kernel::blocks_per_sm)
     cluster_entry(const __grid_constant__ typename Kernel::Params params) {
   Kernel::run(params);
 }
@@ -269,14 +269,15 @@ int clusters_at_once(int device) {
   return known[device] = most;
 }
 
-// Runs Kernel, whose blocks come in clusters and take work as long as there is any, on as many clusters as the device
-// holds at once, but not more than `clusters`. The caller has made the device the current one.
+// Runs Kernel, whose blocks come in clusters. Those of a persistent kernel take work as long as there is any: it runs on
+// as many clusters as the device holds at once, but not more than `clusters`. The caller has made the device the current
+// one.
 template <class Kernel>
 void launch_clusters(int64_t clusters, Stream stream, const typename Kernel::Params& params, int n, int d) {
   const auto what = [=] { return launch_name(Kernel::name, n, d); };
   const int most = clusters_at_once<Kernel>(stream.device);
   if (most < 1) throw std::runtime_error(what() + ": no cluster fits on this device");
-  const int64_t blocks = smaller<int64_t>(clusters, most) * Kernel::cluster;
+  const int64_t blocks = (Kernel::persistent ? smaller<int64_t>(clusters, most) : clusters) * Kernel::cluster;
   check_launch(what, n, d, blocks, Kernel::shared_bytes, device_info(stream.device).shared_bytes);
   cluster_entry<Kernel><<<static_cast<unsigned>(blocks), Kernel::threads, Kernel::shared_bytes,
                           static_cast<cudaStream_t>(stream.handle)>>>(params);

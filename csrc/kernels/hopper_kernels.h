@@ -8,6 +8,8 @@ namespace barlow {
 
 // Whether a Hopper kernel can run, and should: a Hopper GPU on which its clusters fit, half precision, matrices that the
 // TMA can copy (16-byte aligned rows), and enough tiles to fill the chip.
+// Blocks of a cluster that hold n rows of `groups` times 16 bytes; 0: not one size of cluster does.
+int hopper_normalize_parts(int n, int groups, int device);
 bool hopper_can_gram(const Gram&, int device);
 bool hopper_can_correlate(const Correlate&, int device);
 bool hopper_can_gram_grad(const InputGrad&, int device);
@@ -15,6 +17,9 @@ bool hopper_can_direct_grad(const InputGrad&, int device);
 
 int hopper_gram_clusters(int n, int device);  // of gram's kernel for n rows, at once; 0 where none fits
 
+struct NormalizeParams;  // normalize.h
+struct SlabLayout;
+void hopper_normalize(const NormalizeParams&, const SlabLayout&, Stream);
 void hopper_gram(const Gram&, Stream);
 void hopper_correlate(const Correlate&, Stream);
 void hopper_gram_grad(const InputGrad&, Stream);

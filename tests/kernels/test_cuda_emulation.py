@@ -58,6 +58,55 @@ def assert_halves_are_right(loss, n, d, route):
     assert cases.error(got.grad_b, ref.grad_b) < 5e-3
 
 
+@pytest.mark.parametrize("convention", ["batch_norm", "std", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("capability", "n"),
+    [
+        *((90, 130), (90, 900), (90, 1999), (90, 2100), (90, 3500)),  # one block; clusters of 2, 4, 4 and 8
+        *((90, 13600), (80, 900), (80, 3500)),  # chunks; a block alone on its multiprocessor; chunks
+    ],
+)
+def test_normalize_however_rows_are_cut(emulated, capability, n, dtype, convention):
+    """Large means, and features that are constant in one part of the rows or in all."""
+    emulated(capability, 132)
+    z_a, z_b = (z.float() for z in views(n, 37))
+    z_a, z_b = z_a + 50, z_b - 30 * torch.linspace(0, 1, 37)
+    z_a[:, 3], z_b[:, 5], z_a[: n // 2, 7] = 7.25, -1e3, 2.0
+    z_a, z_b = z_a.to(dtype), z_b.to(dtype)
+    normalization = cases.NORMALIZATIONS[convention] if convention != "none" else None
+    x = cuda_backend.normalize(z_a, z_b, normalization)
+    exact = [z.double() for z in (z_a, z_b)]
+    hats = exact
+    if normalization is not None:
+        hats = []
+        for view, z in enumerate(exact):
+            var = z.var(0, correction=0)
+            rstd = normalization.rstd(var, n)
+            hats.append((z - z.mean(0)) * rstd)
+            assert cases.error(x.stats[1 + view], z.mean(0)) < 1e-6
+            assert cases.error(x.stats[3 + view], rstd) < 1e-6
+            kappa = torch.as_tensor(normalization.kappa(var, n)).expand(37)
+            assert cases.error(x.stats[5 + view], kappa) < 1e-6
+            assert cases.error(x.stats[7 + view], var * rstd.square()) < 1e-6
+            assert cases.error(x.views[view], hats[view]) < (1e-6 if dtype == torch.float32 else 4e-3)
+        assert not x.views[0][:, 3].any()
+        assert not x.views[1][:, 5].any()
+    c = (hats[0] * hats[1]).mean(0)
+    assert cases.error(x.stats[0], c) < 1e-6
+    sums = torch.stack([(c - 1).square().sum(), c.square().sum()])
+    assert cases.error(x.sums.sum(1), sums) < 1e-6
+    assert not x.counters.any()
+
+
+def test_normalize_adds_in_the_same_order_again(emulated):
+    emulated(90, 8)
+    z_a, z_b = views(2000, 40, torch.bfloat16)
+    first, second = (cuda_backend.normalize(z_a, z_b, cases.NORMALIZATIONS["batch_norm"]) for _ in range(2))
+    assert torch.equal(first.stats[:9], second.stats[:9])
+    assert torch.equal(first.sums, second.sums)
+
+
 KIB = 1024
 LARGE_TILES = [(300, 700, "gram"), (100, 800, "direct")]
 
@@ -87,7 +136,7 @@ def test_a_device_that_holds_15_clusters_of_8(emulated, n, d):
 
 
 def test_warm_up_touches_every_kernel(emulated):
-    """More of them on Hopper, whose kernels no other device can load. tests/kernels/test_nvcc.py counts those of nvcc."""
+    """More of them on Hopper, whose kernels no other device can load; test_nvcc.py compares the list with the code."""
     emulated(80, 8)
     portable = cuda_backend.warm_up(CPU)
     emulated(90, 8)

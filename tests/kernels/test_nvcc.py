@@ -2,84 +2,70 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import pathlib
-import re
-import shutil
-import subprocess
-from collections.abc import Iterator
-
 import builds
 import pytest
 from builds import needs_nvcc
 
+from benchmarks import sass
+
+pytestmark = needs_nvcc
 ARCHITECTURES = ("sm_80", "sm_90", "sm_90a", "sm_100")
 
 
-def dump(*arguments: str) -> Iterator[str]:
-    """The lines that cuobjdump prints about the extension."""
-    module = builds.compiled()
-    tools = [os.environ["PATH"]]
-    triton = importlib.util.find_spec("triton")
-    if triton is not None:
-        tools.append(str(pathlib.Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
-    path = os.pathsep.join(tools)
-    cuobjdump = shutil.which("cuobjdump", path=path)
-    if cuobjdump is None:
+@pytest.fixture(scope="module")
+def kernels() -> list[sass.Kernel]:
+    if sass.tool() is None:
         pytest.skip("needs cuobjdump, of CUDA or of the package triton")
-    environment = {**os.environ, "PATH": path}
-    with subprocess.Popen([cuobjdump, *arguments, module], env=environment, stdout=subprocess.PIPE, text=True) as run:
-        yield from run.stdout
-    assert run.returncode == 0
+    return sass.kernels_of(builds.compiled(), ("sm_90", "sm_90a"))
 
 
-@needs_nvcc
 def test_no_kernel_spills_or_keeps_anything_in_local_memory():
     """Registers that do not suffice are spilled to the stack, as is an array whose index the compiler does not know."""
-    architecture, name, kernels = "", "", dict.fromkeys(ARCHITECTURES, 0)
-    for line in dump("--dump-resource-usage"):
-        if line.startswith("arch = "):
-            architecture = line.split()[-1]
-        elif line.startswith(" Function "):
-            name = line.split()[-1].rstrip(":")
-        elif match := re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", line):
-            assert match.group(2, 3) == ("0", "0"), f"{name} on {architecture}: {line}"
-            kernels[architecture] += 1
-    assert kernels["sm_80"] == kernels["sm_90"] == kernels["sm_100"] >= 10
-    assert kernels["sm_90a"] >= 4  # those of hopper_*.cu
+    if sass.tool() is None:
+        pytest.skip("needs cuobjdump, of CUDA or of the package triton")
+    resources = sass.resources_of(builds.compiled())
+    count = dict.fromkeys(ARCHITECTURES, 0)
+    for (architecture, symbol), (_, stack, local) in resources.items():
+        assert stack == local == 0, f"{symbol} on {architecture}"
+        count[architecture] += 1
+    assert count["sm_80"] == count["sm_90"] == count["sm_100"] >= 10
+    assert count["sm_90a"] >= 4  # those of hopper_*.cu
 
 
-def instructions(architecture: str, wanted: str) -> dict[str, set[str]]:
-    """Of every kernel, those of the wanted instructions that it has."""
-    name, found = "", {}
-    for line in dump("-sass", "-arch", architecture):
-        if line.lstrip().startswith("Function :"):
-            name = line.split()[-1]
-            found[name] = set()
-        elif match := re.search(rf"\b({wanted})\b", line):
-            found[name].add(match[1])
-    return found
+def test_warm_up_knows_every_kernel(kernels):
+    """A module lists its kernels by their types, and warm_up goes through the list."""
+    for path in (builds.compiled(), builds.emulated()):
+        listed = sass.listed(builds.load(path))
+        for architecture in ("sm_90", "sm_90a"):
+            of_code = {kernel.type for kernel in kernels if kernel.architecture == architecture}
+            assert of_code == {
+                name for name, kernel in listed.items() if kernel["hopper"] == (architecture == "sm_90a")
+            }
 
 
-PRODUCTS = r"(Gram|Correlate|PartialGram|GramGrad|DirectGrad)Kernel"
+def test_products_are_on_tensor_cores(kernels):
+    products = [k for k in kernels if k.architecture == "sm_90" and "8Multiply" in k.type]
+    assert len(products) >= 10
+    assert [sass.label(k.type) for k in products if not k.count("HMMA") or not k.main_loop] == []
 
 
-@needs_nvcc
-def test_products_are_on_tensor_cores():
-    found = {name: has for name, has in instructions("sm_80", "HMMA").items() if re.search(PRODUCTS, name)}
-    assert len(found) >= 10
-    assert [name for name, has in found.items() if not has] == []
+def test_hopper_kernels_multiply_by_wgmma_and_load_by_tma(kernels):
+    products = [k for k in kernels if "HopperKernel" in k.type]
+    assert products
+    assert [sass.label(k.type) for k in products if not (k.count("HGMMA") and k.count("UTMALDG") and k.main_loop)] == []
 
 
-@needs_nvcc
-def test_hopper_kernels_multiply_by_wgmma_and_load_by_tma():
-    found = {name: has for name, has in instructions("sm_90a", "HGMMA|UTMALDG").items() if "hopper" in name.lower()}
-    assert found
-    assert [name for name, has in found.items() if has != {"HGMMA", "UTMALDG"}] == []
+def test_normalize_has_no_division_and_two_blocks_a_multiprocessor(kernels):
+    """FCHK is where a division of floats begins."""
+    listed = sass.listed(builds.load(builds.emulated()))
+    of_normalize = [k for k in kernels if listed[k.type]["name"].startswith("normalize")]
+    assert len(of_normalize) >= 15
+    for kernel in of_normalize:
+        assert kernel.count("FCHK") == 0, sass.label(kernel.type)
+        about = listed[kernel.type]
+        assert sass.blocks_at_once(kernel, about["threads"], about["shared_bytes"]) >= 2, sass.label(kernel.type)
 
 
-@needs_nvcc
 def test_two_builds_load_into_one_process():
     """Each module knows its own types: the real one is imported where the tests load the emulated one."""
     for path in (builds.compiled(), builds.emulated()):

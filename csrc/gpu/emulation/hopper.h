@@ -316,7 +316,7 @@ void launch_clusters(int64_t clusters, Stream, const typename Kernel::Params& pa
   const auto what = [=] { return launch_name(Kernel::name, n, d); };
   const int most = clusters_at_once<Kernel>(0);
   if (most < 1) throw std::runtime_error(what() + ": no cluster fits on this device");
-  const int64_t blocks = smaller<int64_t>(clusters, most) * Kernel::cluster;
+  const int64_t blocks = (Kernel::persistent ? smaller<int64_t>(clusters, most) : clusters) * Kernel::cluster;
   check_launch(what, n, d, blocks, Kernel::shared_bytes, device_info(0).shared_bytes);
   emulation::run_blocks(
       blocks, Kernel::threads, Kernel::shared_bytes,
