@@ -9,64 +9,52 @@ The gradient of the gradient is not implemented; asking for it raises an error.
 
 from __future__ import annotations
 
-import contextlib
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from . import backends
-from .backends.operations import Weights
+from .backends.operations import Composed, Spec, passes
 from .choice import pin, resolve_backend
 from .normalization import Normalization
-from .reference import BarlowTwinsTerms
 
 
-class Spec(NamedTuple):
-    """Everything about a call that is not a tensor, resolved."""
-
-    backend: str  # "torch", "triton", "cuda", or "auto" until it meets its tensors
-    route: str  # "gram" or "direct"
-    normalization: Normalization | None
-    lambd: float
-    scale: float
-
-
-def apply(z_a: Tensor, z_b: Tensor, spec: Spec) -> BarlowTwinsTerms:  # [N, D], [N, D]
-    """The loss and its two terms, differentiable."""
+def apply(z_a: Tensor, z_b: Tensor, spec: Spec, every_term: bool) -> tuple[Tensor, ...]:  # [N, D], [N, D]
+    """The loss, differentiable; with ``every_term`` also on_diag and off_diag."""
     if torch.compiler.is_compiling():  # the operators do it themselves, and the graph remembers by what
         spec = spec._replace(backend=pin(spec.backend, z_a.device))
     else:
         spec = _resolve(spec, z_a)
     if torch._C._are_functorch_transforms_active():
-        return BarlowTwinsTerms(*_FunctionalTransformFunction.apply(z_a, z_b, spec)[:3])
+        return _FunctionalTransformFunction.apply(z_a, z_b, spec)[: 3 if every_term else 1]
     if torch.is_grad_enabled() and (z_a.requires_grad or z_b.requires_grad):
-        return BarlowTwinsTerms(*BarlowTwinsFunction.apply(z_a, z_b, spec))
-    return BarlowTwinsTerms(*_run_forward(z_a, z_b, spec, need_grad=False)[:3])
+        return BarlowTwinsFunction.apply(z_a, z_b, spec, every_term)
+    return _run_forward(z_a, z_b, spec, False, every_term)[0]
 
 
 class BarlowTwinsFunction(torch.autograd.Function):
-    """(z_a, z_b, spec) -> (loss, on_diag, off_diag)."""
+    """(z_a, z_b, spec, every_term) -> (loss,) or (loss, on_diag, off_diag)."""
 
     @staticmethod
-    def forward(ctx, z_a: Tensor, z_b: Tensor, spec: Spec) -> tuple[Tensor, ...]:
-        *terms, saved = _run_forward(z_a, z_b, spec, need_grad=True)
+    def forward(ctx, z_a: Tensor, z_b: Tensor, spec: Spec, every_term: bool) -> tuple[Tensor, ...]:
+        terms, saved = _run_forward(z_a, z_b, spec, True, every_term)
         _save(ctx, z_a, z_b, saved, spec)
-        return tuple(terms)
+        return terms
 
     @staticmethod
-    def backward(ctx, g_loss, g_on, g_off, *_):
+    def backward(ctx, g_loss, g_on=None, g_off=None, *_):
         if g_loss is None and g_on is None and g_off is None:
-            return None, None, None
+            return None, None, None, None
         z_a, z_b, *saved = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
+        spec, g_terms = ctx.spec, (g_loss, g_on, g_off)
         if torch.compiler.is_compiling():
-            grads = torch.ops.barlow_fused.backward(z_a, z_b, saved, g_loss, g_on, g_off, *needs, *_flatten(ctx.spec))
+            grads = torch.ops.barlow_fused.backward(z_a, z_b, saved, *g_terms, *needs, *_flatten(spec))
+            grads = grads[0] if needs[0] else None, grads[1] if needs[1] else None
         elif torch.is_grad_enabled():  # create_graph=True, or torch.func
-            grads = _FirstDerivative.apply(z_a, z_b, g_loss, g_on, g_off, needs, ctx.spec, *saved)
+            grads = _FirstDerivative.apply(z_a, z_b, *g_terms, needs, spec, *saved)
         else:
-            grads = backward(z_a, z_b, saved, g_loss, g_on, g_off, *needs, ctx.spec)
-        return grads[0] if needs[0] else None, grads[1] if needs[1] else None, None
+            grads = _passes(spec, z_a).backward(z_a, z_b, saved, spec, g_terms, needs)
+        return *grads, None, None
 
 
 class _FunctionalTransformFunction(torch.autograd.Function):
@@ -77,7 +65,7 @@ class _FunctionalTransformFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(z_a: Tensor, z_b: Tensor, spec: Spec) -> tuple[Tensor, ...]:
-        *terms, saved = _run_forward(z_a, z_b, spec, need_grad=True)
+        terms, saved = _run_forward(z_a, z_b, spec, True, True)
         return *terms, *saved
 
     @staticmethod
@@ -85,13 +73,23 @@ class _FunctionalTransformFunction(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[3:])
         _save(ctx, inputs[0], inputs[1], output[3:], inputs[2])
 
-    backward = BarlowTwinsFunction.backward
+    @staticmethod
+    def backward(ctx, *grads):
+        return BarlowTwinsFunction.backward(ctx, *grads)[:3]
 
 
-def _run_forward(z_a: Tensor, z_b: Tensor, spec: Spec, need_grad: bool) -> tuple:
-    if torch.compiler.is_compiling():
-        return torch.ops.barlow_fused.forward(z_a, z_b, need_grad, *_flatten(spec))
-    return forward(z_a, z_b, need_grad, spec)
+def _run_forward(
+    z_a: Tensor, z_b: Tensor, spec: Spec, need_grad: bool, every_term: bool
+) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    if not torch.compiler.is_compiling():
+        return _passes(spec, z_a).forward(z_a, z_b, spec, need_grad, every_term)
+    *terms, saved = torch.ops.barlow_fused.forward(z_a, z_b, need_grad, *_flatten(spec))
+    return tuple(terms if every_term else terms[:1]), saved
+
+
+def _passes(spec: Spec, z: Tensor) -> Composed:
+    """What has the forward and the backward pass of the spec's backend (operations.py)."""
+    return passes(backends.load(spec.backend, z.device))
 
 
 def _save(ctx, z_a: Tensor, z_b: Tensor, saved: list[Tensor], spec: Spec) -> None:
@@ -105,7 +103,7 @@ class _FirstDerivative(torch.autograd.Function):
 
     @staticmethod
     def forward(z_a, z_b, g_loss, g_on, g_off, needs, spec, *saved):
-        return backward(z_a, z_b, list(saved), g_loss, g_on, g_off, *needs, spec)
+        return _passes(spec, z_a).backward(z_a, z_b, list(saved), spec, (g_loss, g_on, g_off), needs)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -138,7 +136,8 @@ def _unflatten(
 
 
 def _resolve(spec: Spec, z: Tensor) -> Spec:
-    return spec._replace(backend=resolve_backend(spec.backend, z.device, z.dtype, None, z.shape, spec.route))
+    backend = resolve_backend(spec.backend, z.device, z.dtype, None, z.shape, spec.route)
+    return spec if backend == spec.backend else spec._replace(backend=backend)
 
 
 _SPEC_SCHEMA = "str backend, str route, float lambd, float scale, int correction, float eps, str eps_added_to"
@@ -150,7 +149,16 @@ _SPEC_SCHEMA = "str backend, str route, float lambd, float scale, int correction
     schema=f"(Tensor z_a, Tensor z_b, bool need_grad, {_SPEC_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor[])",
 )
 def _forward_op(z_a, z_b, need_grad, *spec):
-    return forward(z_a, z_b, need_grad, _resolve(_unflatten(*spec), z_a))
+    spec = _resolve(_unflatten(*spec), z_a)
+    terms, saved = _passes(spec, z_a).forward(z_a, z_b, spec, need_grad, True)
+    return *terms, saved
+
+
+@_forward_op.register_fake
+def _(z_a, z_b, need_grad, *spec):
+    spec = _resolve(_unflatten(*spec), z_a)
+    terms = (z_a.new_empty((), dtype=torch.promote_types(z_a.dtype, torch.float32)) for _ in range(3))
+    return *terms, _passes(spec, z_a).empty_saved(z_a, spec.route, spec.normalization) if need_grad else []
 
 
 @torch.library.custom_op(
@@ -160,54 +168,11 @@ def _forward_op(z_a, z_b, need_grad, *spec):
     f"bool need_b, {_SPEC_SCHEMA}) -> (Tensor, Tensor)",
 )
 def _backward_op(z_a, z_b, saved, g_loss, g_on, g_off, need_a, need_b, *spec):
-    grads = backward(z_a, z_b, saved, g_loss, g_on, g_off, need_a, need_b, _resolve(_unflatten(*spec), z_a))
+    spec = _resolve(_unflatten(*spec), z_a)
+    grads = _passes(spec, z_a).backward(z_a, z_b, saved, spec, (g_loss, g_on, g_off), (need_a, need_b))
     return tuple(z_a.new_empty(0) if grad is None else grad for grad in grads)  # an operator cannot return None
 
 
-def forward(z_a: Tensor, z_b: Tensor, need_grad: bool, spec: Spec) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """loss, on_diag, off_diag, and what the backward pass needs (nothing where no gradient is wanted)."""
-    ops = backends.load(spec.backend, z_a.device)
-    with without_autocast(z_a.device.type):
-        x = ops.normalize(z_a, z_b, spec.normalization)
-        reduce = ops.gram if spec.route == "gram" else ops.correlate
-        terms, product = reduce(x, spec.lambd, spec.scale, need_grad)
-    return *terms, [product, *x.saved()] if need_grad else []
-
-
-@_forward_op.register_fake
-def _(z_a: Tensor, z_b: Tensor, need_grad: bool, *spec: str | float):
-    backend, route, normalization, _, _ = _resolve(_unflatten(*spec), z_a)
-    terms = (z_a.new_empty((), dtype=torch.promote_types(z_a.dtype, torch.float32)) for _ in range(3))
-    return *terms, backends.load(backend, z_a.device).empty_saved(z_a, route, normalization) if need_grad else []
-
-
-def backward(
-    z_a: Tensor,
-    z_b: Tensor,
-    saved: list[Tensor],
-    g_loss: Tensor | None,
-    g_on: Tensor | None,
-    g_off: Tensor | None,
-    need_a: bool,
-    need_b: bool,
-    spec: Spec,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients with respect to z_a and z_b; None in place of one that is not needed."""
-    ops = backends.load(spec.backend, z_a.device)
-    product, *rest = saved
-    with without_autocast(z_a.device.type):
-        x = ops.Normalized.from_saved(z_a, z_b, spec.normalization, rest)
-        weights = Weights(g_loss, g_on, g_off, spec.lambd, spec.scale)
-        return ops.input_grad(x, product, spec.route, weights, (need_a, need_b))
-
-
 @_backward_op.register_fake
-def _(z_a: Tensor, z_b: Tensor, saved: list[Tensor], g_loss, g_on, g_off, need_a: bool, need_b: bool, *_):
+def _(z_a, z_b, saved, g_loss, g_on, g_off, need_a, need_b, *_):
     return tuple(torch.empty_like(z) if need else z.new_empty(0) for z, need in ((z_a, need_a), (z_b, need_b)))
-
-
-def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
-    """The operations choose their own precision: autocast must not change it inside them."""
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import Options, check_group_options, check_inputs, finite
+from .backends.operations import Spec
 from .choice import choose_backend, choose_route
-from .function import Spec, apply
+from .function import apply
 from .normalization import Normalization, resolve_normalization
 from .reference import BarlowTwinsTerms, reference_cross_correlation, reference_loss
 
@@ -100,8 +101,8 @@ def _loss(z_a: Tensor, z_b: Tensor, options: Options) -> Tensor | BarlowTwinsTer
     if backend == "reference":
         terms = reference_loss(z_a, z_b, lambd, scale, convention)
     else:
-        terms = apply(z_a, z_b, Spec(backend, route, convention, lambd, scale))
-    return terms if options.return_terms else terms.loss
+        terms = apply(z_a, z_b, Spec(backend, route, convention, lambd, scale), options.return_terms)
+    return BarlowTwinsTerms(*terms) if options.return_terms else terms[0]
 
 
 @dataclasses.dataclass(eq=False, repr=False)

@@ -35,7 +35,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from barlow_fused.backends import accelerator, triton_backend
-from barlow_fused.backends.operations import Weights
+from barlow_fused.backends.operations import Spec
 from barlow_fused.backends.triton_kernels import configs
 from barlow_fused.normalization import CONVENTIONS, Normalization
 
@@ -145,6 +145,8 @@ def recorded(arch: int, precision: str = "highest", multiprocessors: int = 132):
             (accelerator, "tf32", precision != "highest"),
         ):
             stack.enter_context(mock.patch.object(owner, name, return_value=value))
+        triton_backend.forget()
+        stack.callback(triton_backend.forget)
         yield launches
 
 
@@ -164,12 +166,11 @@ def launches_of(
     """What the forward and the backward pass launch."""
     z_a, z_b = views or (torch.empty(n, d, dtype=dtype, device="meta") for _ in range(2))
     with recorded(arch, precision) as launches:
-        x = triton_backend.normalize(z_a, z_b, convention)
-        reduce = triton_backend.gram if route == "gram" else triton_backend.correlate
-        _, product = reduce(x, 0.0051, 1.0, need_grad)
+        spec = Spec("triton", route, convention, 0.0051, 1.0)
+        _, saved = triton_backend.forward(z_a, z_b, spec, need_grad, every_term=True)
         if need_grad:
-            gradients = (torch.empty((), device="meta") if use else None for use in used)
-            triton_backend.input_grad(x, product, route, Weights(*gradients, 0.0051, 1.0), needs)
+            gradients = tuple(torch.empty((), device="meta") if use else None for use in used)
+            triton_backend.backward(z_a, z_b, saved, spec, gradients, needs)
     return launches
 
 

@@ -2,16 +2,24 @@
 // tuple (data pointer, row stride, column stride, dtype) or None, another array its pointer as an int, 0 being none, and
 // a precision is whether one TF32 product will do. Nothing here knows PyTorch.
 //
+// A Sequence keeps launches whose arguments are known but for what a call brings: addresses, weights and the stream. All
+// of them are then one call, in which Python hands over a few numbers.
+//
 // The functions return as soon as their kernels are launched. They keep Python's lock: letting go of it and taking it
 // again would cost as much as a launch.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <functional>
 #include <map>
 #include <stdexcept>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "gpu/device.h"
 #include "kernels.h"
@@ -40,6 +48,9 @@ class Arguments {
     if (used_ != given_.size()) throw py::type_error("more arguments than are known");
   }
 
+  // The fields that hold an address, other than null.
+  const std::vector<void*>& addresses() const { return addresses_; }
+
  private:
   static void read(PyObject* value, int& field) {
     const long number = PyLong_AsLong(value);
@@ -53,10 +64,11 @@ class Arguments {
     field = PyObject_IsTrue(value) ? Precision::tf32 : Precision::float32;
   }
   template <class T>
-  static void read(PyObject* value, T*& field) {
+  void read(PyObject* value, T*& field) {
     field = static_cast<T*>(PyLong_AsVoidPtr(value));
+    if (field != nullptr) addresses_.push_back(&field);
   }
-  static void read(PyObject* value, Matrix& field) {
+  void read(PyObject* value, Matrix& field) {
     if (value == Py_None) return;
     if (!PyTuple_Check(value) || PyTuple_GET_SIZE(value) != 4) throw py::type_error("a matrix is a tuple of four");
     read(PyTuple_GET_ITEM(value, 0), field.data);
@@ -69,6 +81,7 @@ class Arguments {
 
   const py::kwargs& given_;
   size_t used_ = 0;
+  std::vector<void*> addresses_;
 };
 
 void fill(Normalize& p, Arguments& take) {
@@ -82,7 +95,7 @@ void fill(Gram& p, Arguments& take) {
   take("a_hat", p.a_hat)("b_hat", p.b_hat)("k", p.k)("partials", p.partials)("inner", p.inner)("sums", p.sums);
   take("counters", p.counters)("loss", p.loss)("on_diag", p.on_diag)("off_diag", p.off_diag);
   take("n", p.n)("d", p.d)("slabs", p.slabs)("block", p.block)("split", p.split)("steps", p.steps);
-  take("lambd", p.lambd)("scale", p.scale)("shift", p.shift)("tf32", p.precision);
+  take("shift", p.shift)("tf32", p.precision);
 }
 
 void fill(Correlate& p, Arguments& take) {
@@ -90,7 +103,7 @@ void fill(Correlate& p, Arguments& take) {
   take("row_sums", p.row_sums)("counters", p.counters)("off_sums", p.off_sums)("sums", p.sums);
   take("loss", p.loss)("on_diag", p.on_diag)("off_diag", p.off_diag);
   take("n", p.n)("d", p.d)("slabs", p.slabs)("block", p.block);
-  take("lambd", p.lambd)("scale", p.scale)("raw_limit", p.raw_limit)("tf32", p.precision);
+  take("raw_limit", p.raw_limit)("tf32", p.precision);
 }
 
 void fill(PartialGram& p, Arguments& take) {
@@ -102,20 +115,92 @@ void fill(InputGrad& p, Arguments& take) {
   take("own_a", p.own[0])("own_b", p.own[1])("a_hat", p.hat[0])("b_hat", p.hat[1])("product", p.product);
   take("grad_a", p.grad[0])("grad_b", p.grad[1])("stats", p.stats);
   take("g_loss", p.g_loss)("g_on", p.g_on)("g_off", p.g_off)("n", p.n)("d", p.d)("k_divisor", p.k_divisor);
-  take("lambd", p.lambd)("scale", p.scale)("normalized", p.normalized)("raw", p.raw)("tf32", p.precision);
+  take("normalized", p.normalized)("raw", p.raw)("tf32", p.precision);
 }
 
 template <class Params>
-void bind(py::module_& module, const char* name, void (*launch)(const Params&, Stream)) {
+void weigh(Params& p, float lambd, float scale) {
+  p.lambd = lambd;
+  p.scale = scale;
+}
+void weigh(Normalize&, float, float) {}
+void weigh(PartialGram&, float, float) {}
+
+class Sequence {
+ public:
+  // An address is, where a launch is added, (slot + 1) << slot_bits plus an offset in bytes, or 0 for none. A slot is one
+  // of the addresses that a call brings.
+  Sequence(int device, int slot_bits) : device_(device), slot_bits_(slot_bits) {}
+
+  template <class Params>
+  void add(const py::kwargs& given, void (*launch)(const Params&, Stream)) {
+    Params params{};
+    Arguments take(given);
+    fill(params, take);
+    take.no_more();
+    std::vector<Address> addresses;
+    for (void* field : take.addresses()) {
+      uintptr_t value;
+      std::memcpy(&value, field, sizeof value);
+      addresses.push_back({static_cast<char*>(field) - reinterpret_cast<char*>(&params), (value >> slot_bits_) - 1,
+                           value & ((uintptr_t{1} << slot_bits_) - 1)});
+    }
+    launches_.push_back([=, addresses = std::move(addresses)](const Call& call) {
+      Params p = params;
+      for (const Address& address : addresses) {
+        const uintptr_t value = call.at(address);
+        std::memcpy(reinterpret_cast<char*>(&p) + address.field, &value, sizeof value);
+      }
+      weigh(p, call.lambd, call.scale);
+      launch(p, call.stream);
+    });
+  }
+
+  // `tensors` are what the addresses are of: unused here, as a Triton launch may want them.
+  void launch(const py::tuple& addresses, const py::object&, float lambd, float scale, uintptr_t stream) const {
+    Call call{addresses.ptr(), lambd, scale, {device_, reinterpret_cast<void*>(stream)}};
+    for (const auto& launch : launches_) launch(call);
+  }
+
+ private:
+  struct Address {
+    std::ptrdiff_t field;  // of the params, in bytes from their beginning
+    uintptr_t slot, offset;
+  };
+  struct Call {
+    PyObject* addresses;
+    float lambd, scale;
+    Stream stream;
+
+    // What is null stays null: a gradient that is not wanted.
+    uintptr_t at(const Address& address) const {
+      if (static_cast<Py_ssize_t>(address.slot) >= PyTuple_GET_SIZE(addresses)) throw py::value_error("no such slot");
+      const uintptr_t base = PyLong_AsSize_t(PyTuple_GET_ITEM(addresses, address.slot));
+      if (PyErr_Occurred()) throw py::error_already_set();
+      return base == 0 ? 0 : base + address.offset;
+    }
+  };
+
+  int device_, slot_bits_;
+  std::vector<std::function<void(const Call&)>> launches_;
+};
+
+// `name` launches at once in the module, and adds a launch in a Sequence.
+template <class Params>
+void bind(py::module_& module, py::class_<Sequence>& sequence, const char* name,
+          void (*launch)(const Params&, Stream)) {
   module.def(name, [launch](const py::kwargs& given) {
     Params p{};
     Stream stream;
+    float lambd, scale;
     Arguments take(given);
     fill(p, take);
-    take("device", stream.device)("stream", stream.handle);
+    take("lambd", lambd)("scale", scale)("device", stream.device)("stream", stream.handle);
     take.no_more();
+    weigh(p, lambd, scale);
     launch(p, stream);
   });
+  sequence.def(name, [launch](Sequence& self, const py::kwargs& given) { self.add(given, launch); });
 }
 
 }  // namespace
@@ -174,10 +259,12 @@ PYBIND11_MODULE(BARLOW_MODULE, module) {
     }
     return list;
   });
-  bind(module, "normalize", normalize);
-  bind(module, "gram", gram);
-  bind(module, "partial_gram", partial_gram);
-  bind(module, "correlate", correlate);
-  bind(module, "gram_grad", gram_grad);
-  bind(module, "direct_grad", direct_grad);
+  py::class_<Sequence> sequence(module, "Sequence", py::module_local());
+  sequence.def(py::init<int, int>()).def("launch", &Sequence::launch);
+  bind(module, sequence, "normalize", normalize);
+  bind(module, sequence, "gram", gram);
+  bind(module, sequence, "partial_gram", partial_gram);
+  bind(module, sequence, "correlate", correlate);
+  bind(module, sequence, "gram_grad", gram_grad);
+  bind(module, sequence, "direct_grad", direct_grad);
 }

@@ -29,11 +29,23 @@ def why_too_old(capability: tuple[int, int]) -> str | None:
     return None
 
 
+def current_stream(device: torch.device) -> int:
+    """The handle of PyTorch's current stream."""
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+
+
 def guard(z: Tensor) -> contextlib.AbstractContextManager:
     """Makes the device of ``z`` the current one, on which Triton launches."""
     if z.device.type != "cuda" or z.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(z.device)
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """Operations that choose their own precision: autocast must not change it inside them."""
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
 
 
 @functools.cache

@@ -1,8 +1,9 @@
-"""The four operations in CUDA C++: this file allocates and calls the extension, ``csrc/`` computes.
+"""The four operations in CUDA C++: this file says what is launched, ``csrc/`` computes.
 
 Between the launches stands nothing but allocations: no PyTorch operator, no wait for the GPU, so that a call can be
 captured in a CUDA graph. No product goes through a library, and no float is added atomically: the same input gives the
-same bits.
+same bits. passes.py plans a pass by running the operations on arrays without memory; the extension keeps a plan's
+launches, and makes all of a pass in one call.
 
                  launches                                  saved for the backward pass, beside the inputs
     normalize    1, or 3 where N rows do not fit on chip   stats, and A_hat and B_hat, [2, N, D]
@@ -19,20 +20,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..normalization import Normalization
-from ..reference import BarlowTwinsTerms
-from . import accelerator
-from .normalized import Normalized, empty_terms
-from .operations import Weights
+from . import accelerator, passes
+from .arrays import SLOT_BITS, VECTOR, Memory
+from .normalized import Matrix, Normalized
+from .passes import Operations, Passes
 from .triton_kernels import configs
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # kernels.h's DType
-ALIGNMENT = 16  # bytes
 STATS_ROWS = 11  # kernels.h's stats_rows
 
 _instead: ModuleType | None = None
@@ -44,6 +46,7 @@ def use(module: ModuleType | None) -> None:
     _instead = module
     for cached in (extension, why_no_extension, why_not_here, warm_up, _plan):
         cached.cache_clear()
+    forget()
 
 
 @functools.cache
@@ -90,31 +93,54 @@ def _why_old_driver() -> str | None:
     return None if driver >= built else f"it is built with CUDA {built}, and this NVIDIA driver is of CUDA {driver}"
 
 
-def empty_saved(z_a: Tensor, route: str, normalization: Normalization | None) -> list[Tensor]:
-    """Empty tensors of the shapes, strides and dtypes of [product, *saved]."""
-    n, d = z_a.shape
-    dtype = configs.compute_dtype(n, d, z_a.dtype, normalization is not None)
-    product = _empty(z_a, dtype, 2, n, n) if route == "gram" else _empty(z_a, dtype, d, d)
-    stats = _empty_stats(z_a, normalization)
-    return [product, stats] if normalization is None else [product, stats, _empty(z_a, dtype, 2, n, d)]
+class Recorder:
+    """Where the operations record what they launch (passes.py): into the extension's ``Sequence``."""
+
+    def __init__(self, device: torch.device, scratch: Memory) -> None:
+        self.device = device
+        self.empty = scratch.empty
+        self._sequence = extension().Sequence(device.index or 0, SLOT_BITS)
+
+    def launch(self, kernel: str, **arguments: Any) -> None:
+        getattr(self._sequence, kernel)(**arguments)
+
+    def launches(self) -> Callable:
+        return self._sequence.launch
 
 
-def normalize(z_a: Tensor, z_b: Tensor, normalization: Normalization | None) -> Normalized:
+class Now(passes.Now):
+    """Where the operations launch at once, on tensors."""
+
+    def launch(self, kernel: str, **arguments: Any) -> None:
+        getattr(extension(), kernel)(
+            **arguments,
+            lambd=self.lambd,
+            scale=self.scale,
+            device=self.device.index or 0,
+            stream=accelerator.current_stream(self.device),
+        )
+
+
+def normalize(
+    on: Recorder | Now,
+    z_a: Matrix,  # [N, D]
+    z_b: Matrix,  # [N, D]
+    normalization: Normalization | None,
+    stats: Matrix,  # [rows, D] out
+    hats: Matrix | None,  # [2, N, D] out
+) -> Normalized:
     """A_hat and B_hat, and every feature's statistics and c = diag(C) in float32."""
-    if z_a.dtype not in DTYPES:
-        raise TypeError(f"backend='cuda' takes float32, bfloat16 and float16, got {z_a.dtype}: use backend='torch'")
     n, d = z_a.shape
     normalized = normalization is not None
     convention = normalization or Normalization()
-    dtype = configs.compute_dtype(n, d, z_a.dtype, normalized)
-    plan = _plan(n, d, z_a.dtype, dtype, tf32(dtype), z_a.device)
-    hats = _empty(z_a, dtype, 2, n, d) if normalized else None
+    dtype = hats.dtype if normalized else z_a.dtype
+    plan = _plan(n, d, z_a.dtype, dtype, tf32(dtype), on.device)
     a_hat, b_hat = hats.unbind() if normalized else (None, None)
-    stats = _empty_stats(z_a, normalization)
-    sums = torch.empty(2, plan.slabs, dtype=torch.float64, device=z_a.device)
-    counters = torch.empty(plan.counters, dtype=torch.int32, device=z_a.device)
-    partials = stats.new_empty(plan.chunks, 5, d) if plan.chunks > 1 else None
-    extension().normalize(
+    sums = on.empty(torch.float64, 2, plan.slabs)
+    counters = on.empty(torch.int32, plan.counters)
+    partials = on.empty(torch.float32, plan.chunks, 5, d) if plan.chunks > 1 else None
+    on.launch(
+        "normalize",
         z_a=matrix(z_a),
         z_b=matrix(z_b),
         a_hat=matrix(a_hat),
@@ -132,26 +158,27 @@ def normalize(z_a: Tensor, z_b: Tensor, normalization: Normalization | None) -> 
         correction=convention.correction,
         normalized=normalized,
         eps_in_root=convention.eps_added_to == "variance",
-        **stream(z_a),
     )
     return Normalized(z_a, z_b, normalization, hats, stats, sums, counters)
 
 
-def gram(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[BarlowTwinsTerms, Tensor | None]:
-    """The terms, and K_a / D and K_b / D, less I - 1 1^T / N where features are standardised, (2, N, N)."""
+def gram(
+    on: Recorder | Now,
+    x: Normalized,
+    terms: Sequence[Matrix],  # [] out: loss, on_diag, off_diag
+    k: Matrix | None,  # [2, N, N] out: K_a / D and K_b / D, less I - 1 1^T / N where features are standardised
+) -> None:
+    """The terms, and K for a gradient."""
     n, d = x.z_a.shape
-    plan = _plan(n, d, x.z_a.dtype, x.dtype, tf32(x.dtype), x.z_a.device).gram
+    plan = _plan(n, d, x.z_a.dtype, x.dtype, tf32(x.dtype), on.device).gram
     a_hat, b_hat = x.views
-    k = _empty(x.z_a, x.dtype, 2, n, n) if need_grad else None
-    partials = x.stats.new_empty(plan.partials)
-    inner = x.sums.new_empty(plan.tiles)
-    terms = empty_terms(x.z_a)
-    extension().gram(
+    on.launch(
+        "gram",
         a_hat=matrix(a_hat),
         b_hat=matrix(b_hat),
         k=matrix(k),
-        partials=partials.data_ptr(),
-        inner=inner.data_ptr(),
+        partials=on.empty(torch.float32, plan.partials).data_ptr(),
+        inner=on.empty(torch.float64, plan.tiles).data_ptr(),
         n=n,
         d=d,
         block=plan.block,
@@ -159,27 +186,24 @@ def gram(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[Ba
         steps=plan.steps,
         shift=0.0 if x.normalization is None else 1.0,
         tf32=tf32(x.dtype),
-        **_forward(x, terms, lambd, scale),
+        **_reduction(x, terms),
     )
-    return terms, k
 
 
 def correlate(
+    on: Recorder | Now,
     x: Normalized,
-    lambd: float,
-    scale: float,
-    need_grad: bool,
-    dtype: torch.dtype | None = None,  # of C: that of what is multiplied, or float32
-) -> tuple[BarlowTwinsTerms, Tensor | None]:
-    """The terms, and C with its diagonal set to 0, (D, D). Fills the last rows of ``x.stats``."""
+    terms: Sequence[Matrix],  # [] out: loss, on_diag, off_diag
+    c: Matrix | None,  # [D, D] out: C with its diagonal set to 0, in the dtype that is multiplied or float32
+) -> None:
+    """The terms, and C for a gradient. Fills the last rows of ``x.stats``."""
     n, d = x.z_a.shape
-    plan = _plan(n, d, x.z_a.dtype, x.dtype, tf32(x.dtype), x.z_a.device).correlate
+    plan = _plan(n, d, x.z_a.dtype, x.dtype, tf32(x.dtype), on.device).correlate
     a_hat, b_hat = x.views
-    c = _empty(x.z_a, dtype or x.dtype, d, d) if need_grad else None
-    row_sums = x.stats.new_empty(2, plan.tiles, d) if need_grad and x.normalization is not None else None
-    off_sums = x.sums.new_empty(plan.tiles**2)
-    terms = empty_terms(x.z_a)
-    extension().correlate(
+    wanted = c is not None and x.normalization is not None
+    row_sums = on.empty(torch.float32, 2, plan.tiles, d) if wanted else None
+    on.launch(
+        "correlate",
         z_a=matrix(x.z_a if x.raw else None),
         z_b=matrix(x.z_b if x.raw else None),
         a_hat=matrix(a_hat),
@@ -187,44 +211,31 @@ def correlate(
         c=matrix(c),
         stats=x.stats.data_ptr(),
         row_sums=_pointer(row_sums),
-        off_sums=off_sums.data_ptr(),
+        off_sums=on.empty(torch.float64, plan.tiles**2).data_ptr(),
         n=n,
         d=d,
         block=plan.block,
         raw_limit=configs.raw_limit(n),
         tf32=tf32(x.dtype),
-        **_forward(x, terms, lambd, scale),
+        **_reduction(x, terms),
     )
-    return terms, c
 
 
 def input_grad(
+    on: Recorder | Now,
     x: Normalized,
-    product: Tensor,  # what gram or correlate returned
+    product: Matrix,  # of gram or correlate
     route: str,
-    weights: Weights,
-    needs: tuple[bool, bool],  # which of the two gradients are wanted
-) -> tuple[Tensor | None, Tensor | None]:
-    """dL/dz_a and dL/dz_b, in the inputs' dtype."""
-    grads = tuple(torch.empty_like(z) if need else None for z, need in zip((x.z_a, x.z_b), needs, strict=True))
-    if any(needs):
-        write_grads(x, product, route, weights, grads, x.z_a.shape[1])
-    return grads
-
-
-def write_grads(
-    x: Normalized,
-    product: Tensor,
-    route: str,
-    weights: Weights,
-    grads: tuple[Tensor | None, Tensor | None],
-    k_divisor: int,  # what K was divided by
+    g_terms: Sequence[Matrix | None],  # [] the gradients with respect to the terms
+    grads: Sequence[Matrix | None],  # [N, D] out: dL/dz_a and dL/dz_b; None for one that is not wanted
+    k_divisor: int,  # what K was divided by: D, of all features where x has a part of them
 ) -> None:
-    """``input_grad`` into tensors of the caller's."""
+    """The gradients of the inputs, in their dtype."""
     n, d = x.z_a.shape
     a_hat, b_hat = map(matrix, x.views)
-    launch = extension().gram_grad if route == "gram" else extension().direct_grad
-    launch(
+    g_loss, g_on, g_off = map(_pointer, g_terms)
+    on.launch(
+        "gram_grad" if route == "gram" else "direct_grad",
         own_a=matrix(x.z_a) if x.raw else a_hat,
         own_b=matrix(x.z_b) if x.raw else b_hat,
         a_hat=a_hat,
@@ -233,19 +244,26 @@ def write_grads(
         grad_a=matrix(grads[0]),
         grad_b=matrix(grads[1]),
         stats=x.stats.data_ptr(),
-        g_loss=_pointer(weights.g_loss),
-        g_on=_pointer(weights.g_on),
-        g_off=_pointer(weights.g_off),
+        g_loss=g_loss,
+        g_on=g_on,
+        g_off=g_off,
         n=n,
         d=d,
         k_divisor=k_divisor,
-        lambd=weights.lambd,
-        scale=weights.scale,
         normalized=x.normalization is not None,
         raw=x.raw,
         tf32=tf32(x.dtype),
-        **stream(x.z_a),
     )
+
+
+def _stats_rows(normalized: bool, _: bool) -> int:
+    return STATS_ROWS if normalized else 1
+
+
+OPERATIONS = Operations("cuda", Recorder, _stats_rows, VECTOR, normalize, gram, correlate, input_grad)
+_passes = Passes(OPERATIONS)
+forward, backward, empty_saved = _passes.forward, _passes.backward, _passes.empty_saved
+planned, forget = _passes.planned, _passes.forget
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,18 +295,16 @@ def tf32(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and accelerator.tf32()
 
 
-def _forward(x: Normalized, terms: BarlowTwinsTerms, lambd: float, scale: float) -> dict[str, int | float]:
+def _reduction(x: Normalized, terms: Sequence[Matrix]) -> dict[str, int]:
     """The arguments that gram and correlate share."""
+    loss, on_diag, off_diag = (term.data_ptr() for term in terms)
     return {
         "sums": x.sums.data_ptr(),
         "slabs": x.sums.shape[1],
         "counters": x.counters.data_ptr(),
-        "loss": terms.loss.data_ptr(),
-        "on_diag": terms.on_diag.data_ptr(),
-        "off_diag": terms.off_diag.data_ptr(),
-        "lambd": lambd,
-        "scale": scale,
-        **stream(x.z_a),
+        "loss": loss,
+        "on_diag": on_diag,
+        "off_diag": off_diag,
     }
 
 
@@ -297,36 +313,17 @@ def counter_count(z: Tensor) -> int:
     return _plan(*z.shape, z.dtype, z.dtype, tf32(z.dtype), z.device).counters
 
 
-def aligned(x: Tensor) -> Tensor:
+def with_aligned_rows(x: Tensor) -> Tensor:
     """x, or a copy whose rows begin at multiples of 16 bytes."""
-    return x if x.shape[-1] * x.element_size() % ALIGNMENT == 0 else _empty(x, x.dtype, *x.shape).copy_(x)
+    if x.shape[-1] * x.element_size() % VECTOR == 0:
+        return x
+    return Now(x).empty(x.dtype, *x.shape, row_bytes=VECTOR).copy_(x)
 
 
-def stream(z: Tensor) -> dict[str, int]:
-    """The device, and PyTorch's current stream on it."""
-    if z.device.type != "cuda":
-        return {"device": 0, "stream": 0}
-    index = z.device.index
-    return {"device": index, "stream": torch._C._cuda_getCurrentRawStream(index)}
-
-
-def matrix(x: Tensor | None) -> tuple[int, int, int, int] | None:
+def matrix(x: Matrix | None) -> tuple[int, int, int, int] | None:
     """kernels.h's Matrix; of K_a and K_b stacked, the first."""
     return None if x is None else (x.data_ptr(), *x.stride()[-2:], DTYPES[x.dtype])
 
 
-def _pointer(x: Tensor | None) -> int:
+def _pointer(x: Matrix | None) -> int:
     return 0 if x is None else x.data_ptr()
-
-
-def _empty(z: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
-    """Rows begin at multiples of 16 bytes."""
-    *outer, columns = shape
-    step = ALIGNMENT // dtype.itemsize
-    pitch = -(-columns // step) * step
-    rows = z.new_empty(*outer, pitch, dtype=dtype)
-    return rows if pitch == columns else rows[..., :columns]
-
-
-def _empty_stats(z: Tensor, normalization: Normalization | None) -> Tensor:
-    return torch.empty(1 if normalization is None else STATS_ROWS, z.shape[1], dtype=torch.float32, device=z.device)

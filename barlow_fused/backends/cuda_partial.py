@@ -17,12 +17,13 @@ __all__ = ["View", "diagonal", "input_grad", "join_gram", "moments", "partial_co
 
 def _gram_panels(hat: Tensor) -> Tensor:
     n, d = hat.shape
-    x = cuda_backend.aligned(hat)
+    x = cuda_backend.with_aligned_rows(hat)
     kernels = cuda_backend.extension()
     plan = kernels.plan_partial_gram(n, d, DTYPES[x.dtype], x.device.index or 0)
     size = sum(panel_sizes(n))
     partials = torch.empty(plan.split, size, dtype=torch.float32, device=x.device)
-    kernels.partial_gram(
+    cuda_backend.Now(x).launch(
+        "partial_gram",
         x=cuda_backend.matrix(x),
         partials=partials.data_ptr(),
         size=size,
@@ -33,13 +34,12 @@ def _gram_panels(hat: Tensor) -> Tensor:
         split=plan.split,
         steps=plan.steps,
         tf32=cuda_backend.tf32(x.dtype),
-        **cuda_backend.stream(x),
     )
     return partials
 
 
 def _plain(a_hat: Tensor, b_hat: Tensor, c: Tensor) -> Normalized:
-    a_hat, b_hat = cuda_backend.aligned(a_hat), cuda_backend.aligned(b_hat)
+    a_hat, b_hat = cuda_backend.with_aligned_rows(a_hat), cuda_backend.with_aligned_rows(b_hat)
     sums = torch.zeros(2, 1, dtype=torch.float64, device=c.device)
     counters = torch.zeros(cuda_backend.counter_count(a_hat), dtype=torch.int32, device=c.device)
     return Normalized(a_hat, b_hat, None, None, c[None].contiguous(), sums, counters)
@@ -47,10 +47,10 @@ def _plain(a_hat: Tensor, b_hat: Tensor, c: Tensor) -> Normalized:
 
 _kernels = Kernels(
     _gram_panels,
-    cuda_backend.correlate,
-    cuda_backend.write_grads,
+    cuda_backend.OPERATIONS,
+    cuda_backend.Now,
     _plain,
-    cuda_backend.aligned,
+    cuda_backend.with_aligned_rows,
     StatsRows(count=STATS_ROWS, c=0, mean=1, rstd=3, kappa=5, square=7),  # kernels.h
 )
 partial_gram, partial_correlate, input_grad = _kernels.partial_gram, _kernels.partial_correlate, _kernels.input_grad

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .normalized import Normalized
-from .operations import Weights
+from .passes import Now, Operations
 from .torch_partial import KeptView, Result, through_normalization, without_bulk
 
 _ALL = slice(None)
@@ -44,8 +44,8 @@ class Kernels:
     """How a backend launches, and the operations that are made of it."""
 
     gram_panels: Callable[[Tensor], Tensor]  # X_hat, (N, D) -> K's panels, one row a slice of D
-    correlate: Callable[..., tuple[object, Tensor]]  # the backend's own
-    write_grads: Callable[..., None]  # into tensors of the caller's
+    operations: Operations  # the backend's own
+    now: Callable[..., Now]  # where they run, with tensors like the one given
     plain: Callable[[Tensor, Tensor, Tensor], Normalized]  # of A_hat, B_hat and c, of which nothing more is known
     aligned: Callable[[Tensor], Tensor]  # with rows as the kernels want them
     stats: StatsRows
@@ -59,7 +59,10 @@ class Kernels:
         """A_hat^T B_hat over the samples that are here, but for its diagonal, which is 0."""
         n, d = a.z.shape
         x = self.plain(a.hat, b.hat, a.hat.new_zeros(d, dtype=torch.float32))
-        return self.correlate(x, 0.0, 1.0, need_grad=True, dtype=torch.float32)[1].contiguous().mul_(n)
+        now = self.now(a.hat)
+        c = now.empty(torch.float32, d, d, row_bytes=self.operations.row_bytes)
+        self.operations.correlate(now, x, [now.empty(torch.float32) for _ in range(3)], c)
+        return c.contiguous().mul_(n)
 
     def input_grad(self, views: list[KeptView], view: int, result: Result) -> Tensor:  # [N, D]
         """dL/dz of one view."""
@@ -74,10 +77,10 @@ class Kernels:
 
     def _write_grad(self, x: Normalized, view: int, result: Result, grad: Tensor) -> None:
         share = x.z_a.shape[0] / result.n  # the kernels divide by the samples that are here
-        weights = Weights(None, (result.w_on * share).float(), (result.w_off * share).float(), 0.0, 1.0)
+        g_terms = (None, (result.w_on * share).float(), (result.w_off * share).float())
         grads = (None, grad) if view else (grad, None)
         product = self.aligned(result.product.to(x.dtype))
-        self.write_grads(x, product, result.route, weights, grads, k_divisor=result.d)
+        self.operations.input_grad(self.now(grad), x, product, result.route, g_terms, grads, result.d)
 
     def _normalized(self, views: list[KeptView], c: Tensor) -> Normalized:
         """Both views in one segment, with all rows of ``stats`` that gram_grad reads."""

@@ -1,4 +1,4 @@
-"""What the backends of kernels, triton and cuda, carry from one operation to the next."""
+"""What the backends of kernels, triton and cuda, carry from one operation to the next: tensors, or a plan's arrays."""
 
 from __future__ import annotations
 
@@ -9,31 +9,22 @@ import torch
 from torch import Tensor
 
 from ..normalization import Normalization
-from ..reference import BarlowTwinsTerms
+from .arrays import Array
+
+Matrix = Tensor | Array
 
 
 @dataclasses.dataclass(frozen=True)
 class Normalized:
     """Two views, standardised, and every feature's statistics."""
 
-    z_a: Tensor  # [N, D]
-    z_b: Tensor  # [N, D]
+    z_a: Matrix  # [N, D]
+    z_b: Matrix  # [N, D]
     normalization: Normalization | None  # None: A_hat and B_hat are the inputs themselves
-    hats: Tensor | None  # [2, N, D] A_hat and B_hat
-    stats: Tensor  # [rows, D] float32, those that the backend's kernels name; at least c
-    sums: Tensor | None = None  # [2, slabs] float64: of (c_i - 1)^2 and of c_i^2; forward only
-    counters: Tensor | None = None  # int32 zeros for the kernel that comes next; forward only
-
-    def saved(self) -> list[Tensor]:
-        """What a backward pass needs, beside the inputs, to build this again."""
-        return [self.stats] if self.hats is None else [self.stats, self.hats]
-
-    @classmethod
-    def from_saved(
-        cls, z_a: Tensor, z_b: Tensor, normalization: Normalization | None, saved: list[Tensor]
-    ) -> Normalized:
-        """Build again what ``saved`` was taken from."""
-        return cls(z_a, z_b, normalization, saved[1] if normalization is not None else None, saved[0])
+    hats: Matrix | None  # [2, N, D] A_hat and B_hat
+    stats: Matrix  # [rows, D] float32, those that the backend's kernels name; at least c
+    sums: Matrix | None = None  # [2, slabs] float64: of (c_i - 1)^2 and of c_i^2; forward only
+    counters: Matrix | None = None  # int32 zeros for the kernel that comes next; forward only
 
     @property
     def dtype(self) -> torch.dtype:
@@ -46,11 +37,6 @@ class Normalized:
         return self.hats is not None and self.hats.dtype != torch.float32
 
     @functools.cached_property
-    def views(self) -> tuple[Tensor, Tensor]:  # [N, D], [N, D]
+    def views(self) -> tuple[Matrix, Matrix]:  # [N, D], [N, D]
         """A_hat and B_hat."""
         return (self.z_a, self.z_b) if self.hats is None else self.hats.unbind()
-
-
-def empty_terms(z: Tensor) -> BarlowTwinsTerms:
-    """Room for the three terms."""
-    return BarlowTwinsTerms(*(torch.empty((), dtype=torch.float32, device=z.device) for _ in range(3)))

@@ -1,8 +1,8 @@
-"""The four operations in Triton: this file allocates and launches, ``triton_kernels/`` computes.
+"""The four operations in Triton: this file says what is launched, ``triton_kernels/`` computes.
 
 Between the launches stands nothing but allocations: no PyTorch operator, no wait for the GPU, so that a call can be
 captured in a CUDA graph. No product goes through a library, and no float is added atomically: the same input gives the
-same bits.
+same bits. passes.py plans a pass by running the operations on arrays without memory, triton_launch.py launches.
 
                  launches                                  saved for the backward pass, beside the inputs
     normalize    1 (N <= 512), else 2                      stats, and A_hat and B_hat, [2, N, D]
@@ -18,223 +18,189 @@ to what PyTorch does.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
-from torch import Tensor
 
 from ..normalization import Normalization
-from ..reference import BarlowTwinsTerms
-from .accelerator import guard
-from .normalized import Normalized, empty_terms
-from .operations import Weights
+from .arrays import aligned
+from .normalized import Matrix, Normalized
+from .passes import Operations, Passes
 from .triton_kernels import configs
-from .triton_kernels.configs import Blocks, precision_of
+from .triton_kernels.configs import Blocks, cdiv, precision_of
 from .triton_kernels.correlate import correlate_kernel, correlate_terms_kernel
 from .triton_kernels.direct_grad import direct_grad_kernel
 from .triton_kernels.gram import gram_kernel
 from .triton_kernels.gram_grad import gram_grad_kernel
 from .triton_kernels.normalize import apply_moments_kernel, moments_kernel, normalize_kernel
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def empty_saved(z_a: Tensor, route: str, normalization: Normalization | None) -> list[Tensor]:
-    """Empty tensors of the shapes and dtypes of [product, *saved]."""
-    n, d = z_a.shape
-    dtype = configs.compute_dtype(n, d, z_a.dtype, normalization is not None)
-    product = z_a.new_empty((2, n, n) if route == "gram" else (d, d), dtype=dtype)
-    stats = _empty_stats(z_a, normalization, dtype)
-    return [product, stats] if normalization is None else [product, stats, z_a.new_empty(2, n, d, dtype=dtype)]
+from .triton_launch import Block, Now, Recorder
 
 
-def normalize(z_a: Tensor, z_b: Tensor, normalization: Normalization | None) -> Normalized:
+def normalize(
+    on: Recorder | Now,
+    z_a: Matrix,  # [N, D]
+    z_b: Matrix,  # [N, D]
+    normalization: Normalization | None,
+    stats: Matrix,  # [rows, D] out
+    hats: Matrix | None,  # [2, N, D] out
+) -> Normalized:
     """A_hat and B_hat, and every feature's statistics and c = diag(C) in float32."""
-    if z_a.dtype not in DTYPES:
-        raise TypeError(f"backend='triton' takes float32, bfloat16 and float16, got {z_a.dtype}: use backend='torch'")
     n, d = z_a.shape
     normalized = normalization is not None
     convention = normalization or Normalization()
-    dtype = configs.compute_dtype(n, d, z_a.dtype, normalized)
-    hats = z_a.new_empty(2, n, d, dtype=dtype) if normalized else None
     a_hat, b_hat = hats.unbind() if normalized else (None, None)
-    stats = _empty_stats(z_a, normalization, dtype)
     slab = next((slab for slab in configs.NORMALIZE if n <= slab.rows), None)
     columns = (slab or configs.TWO_PHASES).columns
-    slabs = triton.cdiv(d, columns)
-    sums = torch.empty(2, slabs, dtype=torch.float64, device=z_a.device)
-    tiles = configs.triangle(n, configs.chip(z_a.device).gram(n, dtype).m)
-    counters = torch.empty(tiles + 1, dtype=torch.int32, device=z_a.device)
+    slabs = cdiv(d, columns)
+    dtype = hats.dtype if normalized else z_a.dtype
+    count = configs.triangle(n, configs.chip(on.device).gram(n, dtype).m) + 1
+    sums = on.empty(torch.float64, 2, slabs)
+    counters = on.empty(torch.int32, count)
     shared = {
         "NORMALIZE": normalized,
         "EPS_IN_ROOT": convention.eps_added_to == "variance",
         "BLOCK_D": columns,
-        "BLOCK_COUNTERS": triton.next_power_of_2(triton.cdiv(counters.numel(), slabs)),
+        "BLOCK_COUNTERS": triton.next_power_of_2(cdiv(count, slabs)),
     }
     z = (z_a, z_b, *z_a.stride(), *z_b.stride())
-    results = (stats, sums, counters, counters.numel(), n, d)
-    with guard(z_a):
-        if slab is not None:
-            rows = max(16, triton.next_power_of_2(n))
-            arguments = (*z, a_hat, b_hat, *results, convention.eps, convention.correction)
-            normalize_kernel[(slabs,)](*arguments, BLOCK_N=rows, **shared, num_warps=slab.num_warps)
-        else:
-            block = configs.TWO_PHASES
-            per_chunk = block.rows * triton.cdiv(n, block.rows * configs.MAX_CHUNKS)
-            chunks = triton.cdiv(n, per_chunk)
-            partials = torch.empty(chunks, 5, d, dtype=torch.float32, device=z_a.device)
-            options = {"BLOCK_N": block.rows, "num_warps": block.num_warps}
-            moments_kernel[(slabs, chunks)](
-                *z, partials, n, d, per_chunk, NORMALIZE=normalized, BLOCK_D=columns, **options
-            )
-            arguments = (*z, partials, chunks, a_hat, b_hat, *results, per_chunk, convention.eps, convention.correction)
-            apply_moments_kernel[(slabs, chunks if normalized else 1)](*arguments, **shared, **options)
+    results = (stats, sums, counters, count, n, d)
+    if slab is not None:
+        rows = max(16, triton.next_power_of_2(n))
+        arguments = (*z, a_hat, b_hat, *results, convention.eps, convention.correction)
+        on.launch(normalize_kernel, (slabs,), *arguments, BLOCK_N=rows, **shared, num_warps=slab.num_warps)
+    else:
+        block = configs.TWO_PHASES
+        per_chunk = block.rows * cdiv(n, block.rows * configs.MAX_CHUNKS)
+        chunks = cdiv(n, per_chunk)
+        partials = on.empty(torch.float32, chunks, 5, d)
+        options = {"BLOCK_N": block.rows, "num_warps": block.num_warps}
+        arguments = (*z, partials, n, d, per_chunk)
+        on.launch(moments_kernel, (slabs, chunks), *arguments, NORMALIZE=normalized, BLOCK_D=columns, **options)
+        arguments = (*z, partials, chunks, a_hat, b_hat, *results, per_chunk, convention.eps, convention.correction)
+        on.launch(apply_moments_kernel, (slabs, chunks if normalized else 1), *arguments, **shared, **options)
     return Normalized(z_a, z_b, normalization, hats, stats, sums, counters)
 
 
-def gram(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[BarlowTwinsTerms, Tensor | None]:
-    """The terms, and K_a / D and K_b / D, less I - 1 1^T / N where features are standardised, (2, N, N)."""
+def gram(
+    on: Recorder | Now,
+    x: Normalized,
+    terms: Sequence[Matrix],  # [] out: loss, on_diag, off_diag
+    k: Matrix | None,  # [2, N, N] out: K_a / D and K_b / D, less I - 1 1^T / N where features are standardised
+) -> None:
+    """The terms, and K for a gradient."""
     n, d = x.z_a.shape
-    precision, chip = precision_of(x.dtype), configs.chip(x.z_a.device)
+    precision, chip = precision_of(x.dtype), configs.chip(on.device)
     blocks = chip.gram(n, x.dtype)
     tiles = configs.triangle(n, blocks.m)
     split, steps = chip.split(n, d, x.z_a.element_size(), blocks)
-    terms = empty_terms(x.z_a)
     a_hat, b_hat = x.views
-    k = x.z_a.new_empty(2, n, n, dtype=x.dtype) if need_grad else None
-    partials = x.stats.new_empty(split * 2 * tiles * blocks.m**2)
-    inner = x.sums.new_empty(tiles)
-    tma = x.hats is not None and n % blocks.m == 0 and _use_tma(a_hat)
-    both = _descriptor(x.hats.view(2 * n, d), blocks.m, blocks.k) if tma else a_hat
-    with guard(x.z_a):
-        _tuned(gram_kernel)[(tiles * 2 * split,)](
-            *(both, b_hat, *a_hat.stride(), *b_hat.stride(), partials, k, inner, x.sums, x.counters, *terms),
-            *(n, d, tiles, split, steps, x.sums.shape[1], lambd, scale),
-            SHIFT=0 if x.normalization is None else 1,
-            BLOCK=blocks.m,
-            BLOCK_K=blocks.k,
-            CHUNK=chunk(precision, steps * blocks.k),
-            EVEN=n % blocks.m == 0 and d % blocks.k == 0,
-            TMA=tma,
-            UNIT_STRIDE=_unit_stride(a_hat, b_hat),
-            PRECISION=input_precision(precision),
-            ROWS=16,
-            BLOCK_SUM=configs.SUM_BLOCK,
-            **_options(blocks),
-        )
-    return terms, k
+    partials = on.empty(torch.float32, split * 2 * tiles * blocks.m**2)
+    inner = on.empty(torch.float64, tiles)
+    tma = x.hats is not None and n % blocks.m == 0 and _use_tma(on.device, a_hat)
+    both = Block(x.hats.flatten(0, 1), blocks.m, blocks.k) if tma else a_hat
+    on.launch(
+        *(_tuned(gram_kernel), (tiles * 2 * split,)),
+        *(both, b_hat, *a_hat.stride(), *b_hat.stride(), partials, k, inner, x.sums, x.counters, *terms),
+        *(n, d, tiles, split, steps, x.sums.shape[1], on.lambd, on.scale),
+        SHIFT=0 if x.normalization is None else 1,
+        BLOCK=blocks.m,
+        BLOCK_K=blocks.k,
+        CHUNK=chunk(precision, steps * blocks.k),
+        EVEN=n % blocks.m == 0 and d % blocks.k == 0,
+        TMA=tma,
+        UNIT_STRIDE=_unit_stride(a_hat, b_hat),
+        PRECISION=input_precision(precision),
+        ROWS=16,
+        BLOCK_SUM=configs.SUM_BLOCK,
+        **_options(blocks),
+    )
 
 
 def correlate(
+    on: Recorder | Now,
     x: Normalized,
-    lambd: float,
-    scale: float,
-    need_grad: bool,
-    dtype: torch.dtype | None = None,  # of C; the dtype that is multiplied
-) -> tuple[BarlowTwinsTerms, Tensor | None]:
-    """The terms, and C with its diagonal set to 0, (D, D). Fills the rows PRODUCT of ``x.stats``."""
+    terms: Sequence[Matrix],  # [] out: loss, on_diag, off_diag
+    c: Matrix | None,  # [D, D] out: C with its diagonal set to 0
+) -> None:
+    """The terms, and C for a gradient. Fills the rows PRODUCT of ``x.stats``."""
     n, d = x.z_a.shape
     precision = precision_of(x.dtype)
-    blocks = configs.chip(x.z_a.device).correlate(d, x.dtype)
-    tiles = triton.cdiv(d, blocks.m)
-    terms = empty_terms(x.z_a)
-    c = x.z_a.new_empty(d, d, dtype=dtype or x.dtype) if need_grad else None
-    row_sums = x.stats.new_empty(2, tiles, d) if need_grad and x.normalization is not None else None
-    off_sums = x.sums.new_empty(tiles**2)
+    blocks = configs.chip(on.device).correlate(d, x.dtype)
+    tiles = cdiv(d, blocks.m)
+    row_sums = on.empty(torch.float32, 2, tiles, d) if c is not None and x.normalization is not None else None
+    off_sums = on.empty(torch.float64, tiles**2)
     factors = (x.z_a, x.z_b, *x.views) if x.raw else x.views * 2
-    tma = _use_tma(*factors)
-    operands = [_descriptor(t, blocks.k, blocks.m) if tma else t for t in factors]
+    tma = _use_tma(on.device, *factors)
+    operands = [Block(t, blocks.k, blocks.m) if tma else t for t in factors]
     strides = [(*a.stride(), *b.stride()) for a, b in (factors[:2], factors[2:])]
-    with guard(x.z_a):
-        _tuned(correlate_kernel)[(tiles**2,)](
-            *(
-                *operands[:2],
-                *strides[0],
-                *operands[2:],
-                *strides[1],
-                x.stats,
-                c,
-                row_sums,
-                off_sums,
-                n,
-                d,
-                configs.raw_limit(n),
-            ),
-            RAW=x.raw,
-            BLOCK=blocks.m,
-            BLOCK_K=blocks.k,
-            GROUP=8,
-            EVEN=d % blocks.m == 0 and n % blocks.k == 0,
-            TMA=tma,
-            PRECISION=input_precision(precision),
-            **_options(blocks),
-        )
-        columns = 128
-        correlate_terms_kernel[(triton.cdiv(d, columns) if row_sums is not None else 1,)](
-            *(row_sums, off_sums, x.stats, x.sums, *terms, d, tiles, x.sums.shape[1], lambd, scale),
-            BLOCK_D=columns,
-            BLOCK_SUM=configs.SUM_BLOCK,
-            num_warps=8,
-        )
-    return terms, c
+    on.launch(
+        *(_tuned(correlate_kernel), (tiles**2,)),
+        *(*operands[:2], *strides[0], *operands[2:], *strides[1]),
+        *(x.stats, c, row_sums, off_sums, n, d, configs.raw_limit(n)),
+        RAW=x.raw,
+        BLOCK=blocks.m,
+        BLOCK_K=blocks.k,
+        GROUP=8,
+        EVEN=d % blocks.m == 0 and n % blocks.k == 0,
+        TMA=tma,
+        PRECISION=input_precision(precision),
+        **_options(blocks),
+    )
+    columns = 128
+    on.launch(
+        *(correlate_terms_kernel, (cdiv(d, columns) if row_sums is not None else 1,)),
+        *(row_sums, off_sums, x.stats, x.sums, *terms, d, tiles, x.sums.shape[1], on.lambd, on.scale),
+        BLOCK_D=columns,
+        BLOCK_SUM=configs.SUM_BLOCK,
+        num_warps=8,
+    )
 
 
 def input_grad(
+    on: Recorder | Now,
     x: Normalized,
-    product: Tensor,  # what gram or correlate returned
+    product: Matrix,  # of gram or correlate
     route: str,
-    weights: Weights,
-    needs: tuple[bool, bool],  # which of the two gradients are wanted
-) -> tuple[Tensor | None, Tensor | None]:
-    """dL/dz_a and dL/dz_b, in the inputs' dtype."""
-    grads = tuple(torch.empty_like(z) if need else None for z, need in zip((x.z_a, x.z_b), needs, strict=True))
-    if any(needs):
-        write_grads(x, product, route, weights, grads, x.z_a.shape[1])
-    return grads
-
-
-def write_grads(
-    x: Normalized,
-    product: Tensor,
-    route: str,
-    weights: Weights,
-    grads: tuple[Tensor | None, Tensor | None],
+    g_terms: Sequence[Matrix | None],  # [] the gradients with respect to the terms
+    grads: Sequence[Matrix | None],  # [N, D] out: dL/dz_a and dL/dz_b; None for one that is not wanted
     k_divisor: int,  # what K was divided by: D, of all features where x has a part of them
 ) -> None:
-    """``input_grad`` into tensors of the caller's."""
-    with guard(x.z_a):
-        if route == "gram":
-            _gram_grad(x, product, weights, grads, k_divisor)
-        else:
-            _direct_grad(x, product, weights, grads)
+    """The gradients of the inputs, in their dtype."""
+    if route == "gram":
+        _gram_grad(on, x, product, g_terms, grads, k_divisor)
+    else:
+        _direct_grad(on, x, product, g_terms, grads)
 
 
 def _gram_grad(
+    on: Recorder | Now,
     x: Normalized,
-    k: Tensor,
-    weights: Weights,
-    grads: tuple[Tensor | None, Tensor | None],
+    k: Matrix,
+    g_terms: Sequence[Matrix | None],
+    grads: Sequence[Matrix | None],
     k_divisor: int,
 ) -> None:
     n, d = x.z_a.shape
     precision = precision_of(x.dtype)
     normalized = x.normalization is not None
-    blocks = configs.chip(x.z_a.device).gram_grad(n, d, x.dtype, normalized)
-    slabs = triton.cdiv(d, blocks.n)
+    blocks = configs.chip(on.device).gram_grad(n, d, x.dtype, normalized)
+    slabs = cdiv(d, blocks.n)
     views = [view for view in range(2) if grads[view] is not None]
     out = [grads[view] if grads[view] is not None else grads[views[0]] for view in range(2)]
     a_hat, b_hat = x.views
-    tma = normalized and n % blocks.m == n % blocks.k == 0 and _use_tma(a_hat, k[0])
-    right = _descriptor(x.hats.view(2 * n, d), blocks.k, blocks.n) if tma else a_hat
-    left = _descriptor(k.view(2 * n, n), blocks.m, blocks.k) if tma else k
+    tma = normalized and n % blocks.m == n % blocks.k == 0 and _use_tma(on.device, a_hat, k.unbind()[0])
+    right = Block(x.hats.flatten(0, 1), blocks.k, blocks.n) if tma else a_hat
+    left = Block(k.flatten(0, 1), blocks.m, blocks.k) if tma else k
     views_z = (x.z_a, x.z_b) if x.raw else x.views
-    row_tiles = 1 if normalized else triton.cdiv(n, blocks.m)
-    _tuned(gram_grad_kernel)[(len(views) * slabs * row_tiles,)](
+    row_tiles = 1 if normalized else cdiv(n, blocks.m)
+    on.launch(
+        *(_tuned(gram_grad_kernel), (len(views) * slabs * row_tiles,)),
         *(*views_z, *views_z[0].stride(), *views_z[1].stride()),
         *(right, b_hat, *a_hat.stride(), *b_hat.stride(), left, x.stats),
-        *(*out, *out[0].stride(), *out[1].stride(), *weights[:3], n, d, k_divisor),
-        *(views[0], slabs, weights.lambd, weights.scale),
+        *(*out, *out[0].stride(), *out[1].stride(), *g_terms, n, d, k_divisor),
+        *(views[0], slabs, on.lambd, on.scale),
         NORMALIZED=normalized,
         RAW=x.raw,
         SHIFT=1 if normalized else 0,
@@ -253,10 +219,12 @@ def _gram_grad(
     )
 
 
-def _direct_grad(x: Normalized, c: Tensor, weights: Weights, grads: tuple[Tensor | None, Tensor | None]) -> None:
+def _direct_grad(
+    on: Recorder | Now, x: Normalized, c: Matrix, g_terms: Sequence[Matrix | None], grads: Sequence[Matrix | None]
+) -> None:
     n, d = x.z_a.shape
     precision = precision_of(x.dtype)
-    blocks = configs.chip(x.z_a.device).direct_grad(n, d, x.dtype)
+    blocks = configs.chip(on.device).direct_grad(n, d, x.dtype)
     hats = x.views
     views_z = (x.z_a, x.z_b) if x.raw else hats
     for view, grad in enumerate(grads):
@@ -265,13 +233,14 @@ def _direct_grad(x: Normalized, c: Tensor, weights: Weights, grads: tuple[Tensor
         own, other, left, right = views_z[view], views_z[1 - view], hats[1 - view], c
         strides = (*own.stride(), *other.stride())
         left_strides = left.stride()
-        tma = _use_tma(left, right)
+        tma = _use_tma(on.device, left, right)
         if tma:
-            left = _descriptor(left, blocks.m, blocks.k)
-            right = _descriptor(c, *((blocks.k, blocks.n) if view else (blocks.n, blocks.k)))
-        _tuned(direct_grad_kernel)[(triton.cdiv(n, blocks.m) * triton.cdiv(d, blocks.n),)](
+            left = Block(left, blocks.m, blocks.k)
+            right = Block(c, *((blocks.k, blocks.n) if view else (blocks.n, blocks.k)))
+        on.launch(
+            *(_tuned(direct_grad_kernel), (cdiv(n, blocks.m) * cdiv(d, blocks.n),)),
             *(own, other, *strides, left, *left_strides, right, x.stats, grad, *grad.stride()),
-            *(*weights[:3], n, d, weights.lambd, weights.scale),
+            *(*g_terms, n, d, on.lambd, on.scale),
             VIEW=view,
             NORMALIZED=x.normalization is not None,
             RAW=x.raw,
@@ -286,9 +255,10 @@ def _direct_grad(x: Normalized, c: Tensor, weights: Weights, grads: tuple[Tensor
         )
 
 
-def _empty_stats(z: Tensor, normalization: Normalization | None, dtype: torch.dtype) -> Tensor:
-    rows = configs.stats_rows(normalization is not None, raw=dtype != torch.float32)
-    return torch.empty(rows, z.shape[1], dtype=torch.float32, device=z.device)
+OPERATIONS = Operations("triton", Recorder, configs.stats_rows, 1, normalize, gram, correlate, input_grad)
+_passes = Passes(OPERATIONS)
+forward, backward, empty_saved = _passes.forward, _passes.backward, _passes.empty_saved
+planned, forget = _passes.planned, _passes.forget
 
 
 def chunk(precision: str, length: int) -> int:
@@ -301,24 +271,16 @@ def input_precision(precision: str) -> str:
     return "tf32x3" if precision == "tf32x3" else "tf32"
 
 
-def _unit_stride(*tensors: Tensor) -> bool:
+def _unit_stride(*tensors: Matrix) -> bool:
     """Whether features are contiguous in all of them."""
     return all(t.stride(1) == 1 for t in tensors)
 
 
-def _use_tma(*tensors: Tensor) -> bool:
+def _use_tma(device: torch.device, *matrices: Matrix) -> bool:
     """Whether the tensor memory accelerator can load blocks of these matrices, and is worth its descriptors."""
-    if not configs.has_tma(tensors[0].device) or tensors[0].numel() < configs.TMA_MIN_ELEMENTS:
+    if not configs.has_tma(device) or matrices[0].numel() < configs.TMA_MIN_ELEMENTS:
         return False
-    return all(
-        t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 for t in tensors
-    )
-
-
-def _descriptor(x: Tensor, rows: int, columns: int) -> Any:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor.from_tensor(x, [rows, columns])
+    return all(t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and aligned(t) for t in matrices)
 
 
 def _options(blocks: Blocks) -> dict[str, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import triton_backend
+from . import triton_backend, triton_launch
 from .accelerator import guard
 from .kernel_partial import Kernels, StatsRows
 from .normalized import Normalized
@@ -47,8 +47,8 @@ def _plain(a_hat: Tensor, b_hat: Tensor, c: Tensor) -> Normalized:
 
 _kernels = Kernels(
     _gram_panels,
-    triton_backend.correlate,
-    triton_backend.write_grads,
+    triton_backend.OPERATIONS,
+    triton_launch.Now,
     _plain,
     lambda x: x,
     StatsRows(

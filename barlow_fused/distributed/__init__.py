@@ -44,7 +44,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..arguments import Options
-from ..function import without_autocast
+from ..backends.accelerator import without_autocast
 from ..reference import BarlowTwinsTerms
 from . import direct, gram
 from .agreement import agree

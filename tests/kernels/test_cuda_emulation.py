@@ -11,6 +11,7 @@ from cases import ROUTES, answer, views
 
 from barlow_fused import barlow_twins_loss
 from barlow_fused.backends import accelerator, cuda_backend, why_unusable
+from barlow_fused.backends.operations import Spec
 
 CPU = torch.device("cpu")
 
@@ -159,7 +160,7 @@ def test_who_may_run_it(module):
         assert "compiled for the CPU" in why_unusable("cuda", torch.device("cuda", 0))
         assert "float64" in why_unusable("cuda", CPU, torch.float64)
         with pytest.raises(TypeError, match=r"backend='cuda' takes float32, .* got torch.float64"):
-            cuda_backend.normalize(*views(4, 3, torch.float64), None)
+            cuda_backend.forward(*views(4, 3, torch.float64), Spec("cuda", "gram", None, 0.1, 1.0), True, False)
     finally:
         cuda_backend.use(None)
     assert "it needs a CUDA GPU" in why_unusable("cuda", CPU)
@@ -178,7 +179,8 @@ def test_what_python_cannot_see_is_checked(module):
     z = torch.randn(8, 64)
     cuda_backend.use(module)
     try:
-        x = cuda_backend.normalize(z, z, None)
+        now = cuda_backend.Now(z)
+        x = cuda_backend.normalize(now, z, z, None, now.empty(torch.float32, 1, 64), None)
         plan = module.plan_gram(8, 64, 0, False, 0)
         arguments = {
             "a_hat": cuda_backend.matrix(z),
@@ -190,7 +192,8 @@ def test_what_python_cannot_see_is_checked(module):
             "steps": plan.steps,
             "shift": 0.0,
             "tf32": False,
-            **cuda_backend._forward(x, cuda_backend.empty_terms(z), 0.1, 1.0),
+            **cuda_backend._reduction(x, [now.empty(torch.float32) for _ in range(3)]),
+            **{"lambd": 0.1, "scale": 1.0, "device": 0, "stream": 0},
         }
         partials = torch.empty(plan.partials + 1)
         with pytest.raises(

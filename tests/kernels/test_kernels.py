@@ -9,7 +9,7 @@ import torch
 from cases import NORMALIZATIONS, ROUTES, answer, assert_close, error, oracle, similar_views, views, wide_oracle
 
 from barlow_fused import barlow_twins_loss
-from barlow_fused.backends.operations import Weights
+from barlow_fused.backends.operations import Spec
 from barlow_fused.backends.triton_kernels import configs
 from barlow_fused.normalization import CONVENTIONS
 
@@ -169,26 +169,22 @@ def test_same_bits_again_and_under_torch_compile(fused, normalization, route):
 
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("convention", CONVENTIONS.values(), ids=CONVENTIONS.keys())
-def test_the_four_operations_keep_their_contract(kernels, convention, route):
+def test_the_passes_keep_their_contract(kernels, convention, route):
     z_a, z_b = views(70, 203, torch.float16)
-    x = kernels.normalize(z_a, z_b, convention)
-    reduce = kernels.gram if route == "gram" else kernels.correlate
-    assert reduce(x, 0.1, 2.0, False)[1] is None
-    terms, product = reduce(x, 0.1, 2.0, True)
-    again, _ = reduce(x, 0.1, 2.0, True)  # the counters are zero again
-    assert terms == again
-    assert not x.counters.any()
-    saved = [product, *x.saved()]
+    spec = Spec("of the test", route, convention, 0.1, 2.0)
+    terms, saved = kernels.forward(z_a, z_b, spec, True, True)
+    (loss,), nothing = kernels.forward(z_a, z_b, spec, False, False)
+    assert error(loss, terms[0]) < 1e-6
+    assert nothing == []
     empty = kernels.empty_saved(z_a, route, convention)
     assert [(t.shape, t.dtype, t.stride()) for t in saved] == [(t.shape, t.dtype, t.stride()) for t in empty]
     storages = {t.untyped_storage().data_ptr() for t in (z_a, z_b, *terms, *saved)}
     assert len(storages) == 5 + len(saved)  # no two share their memory
-    weights = Weights(torch.ones(()), None, None, 0.1, 2.0)
-    again = kernels.Normalized.from_saved(z_a, z_b, convention, saved[1:])
-    grads = kernels.input_grad(again, product, route, weights, (True, False))
+    g_terms = (torch.ones(()), None, None)
+    grads = kernels.backward(z_a, z_b, saved, spec, g_terms, (True, False))
     assert grads[0].dtype == z_a.dtype
     assert grads[1] is None
-    assert kernels.input_grad(again, product, route, weights, (False, False)) == (None, None)
+    assert kernels.backward(z_a, z_b, saved, spec, g_terms, (False, False)) == (None, None)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # numpy's word on Inf - Inf

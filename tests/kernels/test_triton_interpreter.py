@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from cases import NORMALIZATIONS, ROUTES, answer, assert_close, error, oracle, views
 
-from barlow_fused.backends import triton_backend, why_unusable
+from barlow_fused.backends import triton_backend, triton_launch, why_unusable
+from barlow_fused.backends.operations import Spec
 from barlow_fused.backends.triton_kernels import configs
 from barlow_fused.backends.triton_kernels.configs import Blocks, Chip
 from barlow_fused.backends.triton_kernels.gram import lower_triangle_tile
@@ -43,8 +44,8 @@ def test_tensor_descriptors(fused, n, d, dtype, route, monkeypatch):
     """Blocks that come through Hopper's tensor memory accelerator, and not through pointers."""
     z_a, z_b = views(n, d, dtype)
     made = []
-    descriptor = triton_backend._descriptor
-    monkeypatch.setattr(triton_backend, "_descriptor", lambda *args: made.append(args) or descriptor(*args))
+    descriptor = triton_launch._descriptor
+    monkeypatch.setattr(triton_launch, "_descriptor", lambda *args: made.append(args) or descriptor(*args))
     monkeypatch.setattr(configs, "TMA_IN_INTERPRETER", True)
     monkeypatch.setattr(configs, "TMA_MIN_ELEMENTS", 0)
     got = answer(fused(route=route), z_a, z_b)
@@ -104,4 +105,4 @@ def test_who_may_run_it():
     assert why_unusable("triton", cpu) is None
     assert "float64" in why_unusable("triton", cpu, torch.float64)
     with pytest.raises(TypeError, match=r"backend='triton' takes float32, .* got torch.float64"):
-        triton_backend.normalize(*views(4, 3, torch.float64), None)
+        triton_backend.forward(*views(4, 3, torch.float64), Spec("triton", "gram", None, 0.1, 1.0), True, False)

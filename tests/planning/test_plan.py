@@ -11,7 +11,7 @@ from tracing import Trace
 
 from barlow_fused import backends, barlow_twins_loss, configure, kappa, loss_floor
 from barlow_fused.backends import torch_slabs
-from barlow_fused.backends.operations import Weights
+from barlow_fused.backends.operations import Spec
 from barlow_fused.normalization import CONVENTIONS
 from barlow_fused.planning import cost, devices
 from barlow_fused.planning.network import Network
@@ -128,15 +128,12 @@ def test_the_triton_backend_allocates_what_is_predicted(n, d, route, dtype):
     from barlow_fused.backends import triton_backend as ops
     from benchmarks.kernels import recorded
 
-    convention = CONVENTIONS["batch_norm"]
     z_a, z_b = (torch.empty(n, d, dtype=dtype, device="meta") for _ in range(2))
     with recorded(arch=90, multiprocessors=132) as launches, Trace() as traced:
-        x = ops.normalize(z_a, z_b, convention)
+        spec = Spec("triton", route, CONVENTIONS["batch_norm"], 0.0051, 1.0)
+        terms, saved = ops.forward(z_a, z_b, spec, True, False)
         launches.clear()  # they hold all of their arguments
-        terms, product = (ops.gram if route == "gram" else ops.correlate)(x, 0.0051, 1.0, True)
-        launches.clear()
-        x = ops.Normalized.from_saved(z_a, z_b, convention, x.saved())
-        grads = ops.input_grad(x, product, route, Weights(terms[0], None, None, 0.0051, 1.0), (True, True))
+        grads = ops.backward(z_a, z_b, saved, spec, (terms[0], None, None), (True, True))
     made = plan(n, d, dtype, device="h200", route=route, backend="triton")
     assert traced.peak - sum(g.nbytes for g in grads) == pytest.approx(made.fused.peak_memory, rel=0.001, abs=2048)
 
