@@ -77,14 +77,19 @@ class Memory:
 
     def __init__(self, slot: int) -> None:
         self.slot = slot
-        self.bytes = 0
+        self.bytes = 0  # of the allocation
+        self._taken = 0
 
     def empty(self, dtype: torch.dtype, *shape: int, row_bytes: int = 1) -> Array:
         """A contiguous array, or one whose rows begin at multiples of ``row_bytes``."""
         step = max(1, row_bytes // dtype.itemsize)
         padded = (*shape[:-1], -(-shape[-1] // step) * step) if shape else ()
         strides = tuple(math.prod(padded[dim + 1 :]) for dim in range(len(shape)))
-        array = Array(self.slot, dtype, shape, strides, self.bytes)
-        size = math.prod(padded) * dtype.itemsize
-        self.bytes += -(-size // ALIGNMENT) * ALIGNMENT
+        array = Array(self.slot, dtype, shape, strides, self._taken)
+        self._taken += -(-math.prod(padded) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        self.bytes = max(self.bytes, self._taken)
         return array
+
+    def free(self, last: Array) -> None:
+        """The array that was made last is not used beyond what was launched so far: the next takes its place."""
+        self._taken = last.offset

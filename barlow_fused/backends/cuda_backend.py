@@ -98,7 +98,7 @@ class Recorder:
 
     def __init__(self, device: torch.device, scratch: Memory) -> None:
         self.device = device
-        self.empty = scratch.empty
+        self.empty, self.free = scratch.empty, scratch.free
         self._sequence = extension().Sequence(device.index or 0, SLOT_BITS)
 
     def launch(self, kernel: str, **arguments: Any) -> None:
@@ -159,6 +159,8 @@ def normalize(
         normalized=normalized,
         eps_in_root=convention.eps_added_to == "variance",
     )
+    if partials is not None:
+        on.free(partials)
     return Normalized(z_a, z_b, normalization, hats, stats, sums, counters)
 
 

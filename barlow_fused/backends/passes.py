@@ -46,6 +46,9 @@ class Now:
         array = Memory(SCRATCH).empty(dtype, *shape, row_bytes=row_bytes)
         return torch.empty_strided(array.shape, array.strides, dtype=dtype, device=self.device)
 
+    def free(self, last: Tensor) -> None:
+        """As ``Memory`` does; the allocator does it here."""
+
 
 class Pass(NamedTuple):
     """A plan of a pass."""
@@ -59,7 +62,7 @@ class Operations(NamedTuple):
     """What a backend of kernels has to say.
 
     The operations take where they run as their first argument, ``on``: a recorder or a ``Now``, with its ``device``,
-    ``empty(dtype, *shape)`` for memory that ends with the pass, ``launch(...)``, and the call's ``lambd`` and
+    ``empty(dtype, *shape)`` for memory that ends with the pass or with ``free``, ``launch(...)``, and the call's ``lambd`` and
     ``scale``. They write into arrays that they are given.
     """
 

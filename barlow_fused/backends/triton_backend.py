@@ -80,6 +80,7 @@ def normalize(
         on.launch(moments_kernel, (slabs, chunks), *arguments, NORMALIZE=normalized, BLOCK_D=columns, **options)
         arguments = (*z, partials, chunks, a_hat, b_hat, *results, per_chunk, convention.eps, convention.correction)
         on.launch(apply_moments_kernel, (slabs, chunks if normalized else 1), *arguments, **shared, **options)
+        on.free(partials)
     return Normalized(z_a, z_b, normalization, hats, stats, sums, counters)
 
 

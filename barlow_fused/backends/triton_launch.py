@@ -105,7 +105,7 @@ class Recorder:
 
     def __init__(self, device: torch.device, scratch: Memory) -> None:
         self.device = device
-        self.empty = scratch.empty
+        self.empty, self.free = scratch.empty, scratch.free
         self._launches: list[Launch] = []
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
