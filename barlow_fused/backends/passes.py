@@ -40,11 +40,13 @@ class Now:
 
     def __init__(self, like: Tensor, lambd: float = 0.0, scale: float = 1.0) -> None:
         self.like, self.device, self.lambd, self.scale = like, like.device, lambd, scale
+        self._held: list[Tensor] = []  # until this object ends: launches are given addresses, which keep nothing alive
 
     def empty(self, dtype: torch.dtype, *shape: int, row_bytes: int = 1) -> Tensor:
         """Memory for an array, laid out as ``Memory`` does."""
         array = Memory(SCRATCH).empty(dtype, *shape, row_bytes=row_bytes)
-        return torch.empty_strided(array.shape, array.strides, dtype=dtype, device=self.device)
+        self._held.append(torch.empty_strided(array.shape, array.strides, dtype=dtype, device=self.device))
+        return self._held[-1]
 
     def free(self, last: Tensor) -> None:
         """As ``Memory`` does; the allocator does it here."""
@@ -62,8 +64,8 @@ class Operations(NamedTuple):
     """What a backend of kernels has to say.
 
     The operations take where they run as their first argument, ``on``: a recorder or a ``Now``, with its ``device``,
-    ``empty(dtype, *shape)`` for memory that ends with the pass or with ``free``, ``launch(...)``, and the call's ``lambd`` and
-    ``scale``. They write into arrays that they are given.
+    ``empty(dtype, *shape)`` for memory that ends with the pass or with ``free``, ``launch(...)``, and the call's
+    ``lambd`` and ``scale``. They write into arrays that they are given.
     """
 
     name: str

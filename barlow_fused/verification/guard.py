@@ -18,6 +18,7 @@ ALLOCATES = {
     torch.ops.aten.new_empty.default,
     torch.ops.aten.new_empty_strided.default,
 }
+FILLS = {torch.ops.aten.zeros.default, torch.ops.aten.new_zeros.default, torch.ops.aten.zeros_like.default}
 
 
 class GuardBands(TorchDispatchMode):
@@ -43,9 +44,10 @@ class GuardBands(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        if func not in ALLOCATES or made.device.type == "meta" or made.numel() == 0:
+        if func not in ALLOCATES | FILLS or made.device.type == "meta" or made.numel() == 0:
             return made
-        return self._between(made.shape, made.stride(), made.dtype, made.device)
+        twin = self._between(made.shape, made.stride(), made.dtype, made.device)
+        return twin.zero_() if func in FILLS else twin
 
     def _between(self, shape: Any, stride: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
         extent = 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))

@@ -87,63 +87,65 @@ def plant(fault: str) -> None:
     """Makes a backend's Gram route wrong for one dtype, in a way of its own."""
     name, dtype, kind = fault.split(":")
     module = backends.load(name, torch.device("cpu"))
-    gram = module.gram
+    forward, backward = module.forward, module.backward
     calls = itertools.count()
 
-    def wrong(x: Any, *args: Any) -> Any:
-        terms, product = gram(x, *args)
-        if x.z_a.dtype == getattr(torch, dtype):
-            KINDS[kind](terms, product, next(calls))
-        return terms, product
+    def concerns(z: torch.Tensor, spec: Any) -> bool:
+        return z.dtype == getattr(torch, dtype) and spec.route == "gram"
 
-    module.gram = wrong
+    def wrong_forward(z_a: Any, z_b: Any, spec: Any, *args: Any) -> Any:
+        terms, saved = forward(z_a, z_b, spec, *args)
+        if concerns(z_a, spec) and kind != "gradient_off":
+            KINDS[kind](terms, saved, next(calls))
+        return terms, saved
+
+    def wrong_backward(z_a: Any, z_b: Any, saved: Any, spec: Any, *args: Any) -> Any:
+        grads = backward(z_a, z_b, saved, spec, *args)
+        if concerns(z_a, spec) and kind == "gradient_off":
+            for grad in filter(lambda g: g is not None, grads):
+                grad.mul_(1.001)
+        return grads
+
+    module.forward, module.backward = wrong_forward, wrong_backward
 
 
-def off(terms: Any, product: Any, call: int) -> None:
-    terms.loss.mul_(1.001)
+def off(terms: Any, saved: Any, call: int) -> None:
+    terms[0].mul_(1.001)
 
 
-def gradient_off(terms: Any, product: Any, call: int) -> None:
-    if product is not None:
-        product.mul_(1.001)
-
-
-def hides_nan(terms: Any, product: Any, call: int) -> None:
+def hides_nan(terms: Any, saved: Any, call: int) -> None:
     for term in terms:
         term.nan_to_num_()
 
 
-def other_bits(terms: Any, product: Any, call: int) -> None:
-    terms.loss.mul_(1 + 1e-6 * (call % 2))
+def other_bits(terms: Any, saved: Any, call: int) -> None:
+    terms[0].mul_(1 + 1e-6 * (call % 2))
 
 
-def writes_outside(terms: Any, product: Any, call: int) -> None:
-    if product is not None:
-        inside = sum((n - 1) * step for n, step in zip(product.shape, product.stride(), strict=True))
-        end = product.storage_offset() + inside + 16  # the end of a row's last 16 bytes belongs to it
-        if end < product.untyped_storage().nbytes() // product.itemsize:
-            product.as_strided((1,), (1,), end).fill_(7)
+def writes_outside(terms: Any, saved: Any, call: int) -> None:
+    for tensor in saved:
+        end = tensor.storage_offset() + tensor.numel()
+        if end < tensor.untyped_storage().nbytes() // tensor.itemsize:
+            tensor.as_strided((1,), (1,), end).fill_(7)
 
 
-def no_memory(terms: Any, product: Any, call: int) -> None:
+def no_memory(terms: Any, saved: Any, call: int) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-def raises(terms: Any, product: Any, call: int) -> None:
+def raises(terms: Any, saved: Any, call: int) -> None:
     raise RuntimeError("CUDA error: an illegal memory access was encountered\nand more")
 
 
-def dies(terms: Any, product: Any, call: int) -> None:
+def dies(terms: Any, saved: Any, call: int) -> None:
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
-def hangs(terms: Any, product: Any, call: int) -> None:
+def hangs(terms: Any, saved: Any, call: int) -> None:
     time.sleep(3600)
 
 
-KINDS = {
-    f.__name__: f for f in (off, gradient_off, hides_nan, other_bits, writes_outside, no_memory, raises, dies, hangs)
-}
+KINDS = {f.__name__: f for f in (off, hides_nan, other_bits, writes_outside, no_memory, raises, dies, hangs)}
 
 
 if __name__ == "__main__":
