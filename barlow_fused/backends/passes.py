@@ -49,7 +49,7 @@ class Now:
         return self._held[-1]
 
     def free(self, last: Tensor) -> None:
-        """As ``Memory`` does; the allocator does it here."""
+        """As ``Memory`` does; here all memory ends with this object."""
 
 
 class Pass(NamedTuple):
