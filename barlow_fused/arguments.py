@@ -50,7 +50,12 @@ def check_group_options(options: Options) -> None:
         raise ValueError(f"statistics must be {' or '.join(map(repr, STATISTICS))}, got {statistics!r}")
     if reduce_dtype not in REDUCE_DTYPES:
         raise ValueError(f"reduce_dtype must be {', '.join(map(str, REDUCE_DTYPES))}, got {reduce_dtype!r}")
-    if options.group is not None and gradient is None:
+    if options.group is None:
+        given = {"gradient": gradient, "statistics": None if statistics == "global" else statistics}
+        for name, value in {**given, "reduce_dtype": reduce_dtype}.items():
+            if value is not None:
+                raise ValueError(f"{name} is about several processes: got {name}={value!r} without group")
+    elif gradient is None:
         raise ValueError(
             "with a group, gradient must be given: 'official' (dL/dz of this rank's samples; DDP's average is then 1/P "
             "of the gradient of L) or 'lightly' (P times that; DDP's average is then the gradient of L)"
@@ -90,12 +95,18 @@ def check_inputs(z_a: Tensor, z_b: Tensor, min_samples: int = 2) -> None:
 
 
 def finite(name: str, value: float) -> float:
-    """A finite number, as a float."""
+    """A finite number, as a float. Where a call is compiled it may be a symbol, whose value the operators check."""
+    if torch.compiler.is_compiling():
+        return value
     if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
         raise TypeError(f"{name} must be a float, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name} must be finite, got {value}")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an int or a fraction beyond float64
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {value if isinstance(value, float) else number}")
+    return number
 
 
 def integer(name: str, value: int, least: int) -> int:

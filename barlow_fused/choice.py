@@ -23,7 +23,8 @@ from .verification.record import Cell, Record, find
 ROUTES = ("gram", "direct")
 VERIFY = ("ask", "block", "never")  # BARLOW_FUSED_VERIFY: what a first call on a GPU without a record does
 
-_configured: dict[str, str] = {}
+_layers: list[dict[str, str]] = []  # what each configure() has set, as long as it holds
+_entered: set[int] = set()  # those whose block has not ended
 
 
 class configure:  # noqa: N801 - used like torch.set_grad_enabled: a call that sets, or a context manager
@@ -43,20 +44,25 @@ class configure:  # noqa: N801 - used like torch.set_grad_enabled: a call that s
             wanted["route"] = _check("route", route, ROUTES)
         if backend is not None:
             wanted["backend"] = _check("backend", backend, backends.BACKENDS)
-        self._previous = dict(_configured)
-        _configured.update(wanted)
+        self._wanted = wanted
+        if _layers and _layers[-1].keys() <= wanted.keys() and id(_layers[-1]) not in _entered:
+            _layers.pop()  # hidden for good: a call at every step must not pile up
+        _layers.append(wanted)
 
     def __enter__(self) -> configure:
+        _entered.add(id(self._wanted))
         return self
 
     def __exit__(self, *_: object) -> None:
-        _configured.clear()
-        _configured.update(self._previous)
+        """Undoes what this one has set, and what was set in its block from then on; other blocks stay as they are."""
+        start = next((i for i, layer in enumerate(_layers) if layer is self._wanted), len(_layers))
+        _entered.discard(id(self._wanted))
+        _layers[start:] = [layer for layer in _layers[start:] if id(layer) in _entered]
 
 
 def configured() -> dict[str, str]:
-    """What :func:`configure` has set, of ``"route"`` and ``"backend"``."""
-    return dict(_configured)
+    """What :func:`configure` has set, of ``"route"`` and ``"backend"``: the last that is still in force."""
+    return {name: value for layer in _layers for name, value in layer.items()}
 
 
 # The route
@@ -88,7 +94,7 @@ def why_route(route: str, n: int, d: int, backend: str) -> str:
     if route != "auto":
         return "asked for by the argument"
     if _resolve("route", route, ROUTES) != "auto":
-        return "set by configure()" if "route" in _configured else "set by BARLOW_FUSED_ROUTE"
+        return "set by configure()" if "route" in configured() else "set by BARLOW_FUSED_ROUTE"
     if 2 * n <= d:
         return f"N <= D/2, {d / n:.3g}x fewer FLOPs than the direct route"
     return "N > D/2, where the Gram route saves little and loses precision"
@@ -230,8 +236,9 @@ def _resolve(name: str, value: str, accepted: tuple[str, ...]) -> str:
     """An argument, or what stands in for its "auto"."""
     if _check(name, value, accepted) != "auto":
         return value
-    if name in _configured:
-        return _configured[name]
+    for layer in reversed(_layers):
+        if name in layer:
+            return layer[name]
     variable = f"BARLOW_FUSED_{name.upper()}"
     return _check(variable, os.environ.get(variable) or "auto", accepted)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .arguments import finite
 from .backends.operations import Composed, Spec, passes
 from .choice import pin, resolve_backend
 from .normalization import Normalization
@@ -22,6 +23,8 @@ def apply(z_a: Tensor, z_b: Tensor, spec: Spec, every_term: bool) -> tuple[Tenso
     """The loss, differentiable; with ``every_term`` also on_diag and off_diag."""
     if torch.compiler.is_compiling():  # the operators do it themselves, and the graph remembers by what
         spec = spec._replace(backend=pin(spec.backend, z_a.device))
+        if z_a is z_b:  # an autograd function cannot be traced with one tensor for two arguments
+            z_b = z_b.view_as(z_b)
     else:
         spec = _resolve(spec, z_a)
     if torch._C._are_functorch_transforms_active():
@@ -150,6 +153,7 @@ _SPEC_SCHEMA = "str backend, str route, float lambd, float scale, int correction
 )
 def _forward_op(z_a, z_b, need_grad, *spec):
     spec = _resolve(_unflatten(*spec), z_a)
+    finite("lambd", spec.lambd), finite("scale", spec.scale)  # symbols until now
     terms, saved = _passes(spec, z_a).forward(z_a, z_b, spec, need_grad, True)
     return *terms, saved
 
@@ -170,7 +174,17 @@ def _(z_a, z_b, need_grad, *spec):
 def _backward_op(z_a, z_b, saved, g_loss, g_on, g_off, need_a, need_b, *spec):
     spec = _resolve(_unflatten(*spec), z_a)
     grads = _passes(spec, z_a).backward(z_a, z_b, saved, spec, (g_loss, g_on, g_off), (need_a, need_b))
-    return tuple(z_a.new_empty(0) if grad is None else grad for grad in grads)  # an operator cannot return None
+    return _as_promised(z_a, grads[0]), _as_promised(z_b, grads[1])
+
+
+def _as_promised(z: Tensor, grad: Tensor | None) -> Tensor:
+    """A gradient with the strides that the fake one has; an operator cannot return None."""
+    if grad is None:
+        return z.new_empty(0)
+    if grad.stride() == z.stride():
+        return grad
+    promised = torch.empty_like(z)
+    return grad if promised.stride() == grad.stride() else promised.copy_(grad)
 
 
 @_backward_op.register_fake

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -45,12 +46,15 @@ class Normalization:
     eps_added_to: Literal["variance", "deviation"] = "variance"
 
     def __post_init__(self) -> None:
+        if isinstance(self.correction, bool) or not isinstance(self.correction, int):
+            raise TypeError(f"correction must be an int, got {type(self.correction).__name__}")
         if self.correction not in (0, 1):
             raise ValueError(f"correction must be 0 (biased variance) or 1 (unbiased), got {self.correction!r}")
-        if isinstance(self.eps, bool) or not isinstance(self.eps, (int, float)):
+        if isinstance(self.eps, bool) or not isinstance(self.eps, Real):
             raise TypeError(f"eps must be a float, got {type(self.eps).__name__}")
         if not math.isfinite(self.eps) or self.eps < 0:
             raise ValueError(f"eps must be finite and >= 0, got {self.eps}")
+        object.__setattr__(self, "eps", float(self.eps))  # NumPy's numbers, too
         if self.eps_added_to not in ("variance", "deviation"):
             raise ValueError(f"eps_added_to must be 'variance' or 'deviation', got {self.eps_added_to!r}")
 

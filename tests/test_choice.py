@@ -220,6 +220,19 @@ def test_configure_sets_from_now_on_and_nests():
     assert configured() == {"backend": "reference"}
 
 
+def test_blocks_that_end_out_of_order():
+    first, second = configure(route="direct"), configure(route="gram", backend="torch")
+    first.__enter__(), second.__enter__()
+    first.__exit__()
+    assert configured() == {"route": "gram", "backend": "torch"}
+    second.__exit__()
+    assert configured() == {}
+    for _ in range(100):
+        configure(route="gram")
+    assert len(choice._layers) <= 2
+    assert configured() == {"route": "gram"}
+
+
 def test_a_wrong_setting_changes_nothing(monkeypatch):
     with pytest.raises(ValueError, match=r"backend must be one of .*'torch'.* got 'fast'"):
         configure(route="gram", backend="fast")

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..arguments import DTYPES, GRADIENTS, REDUCE_DTYPES, STATISTICS, Options, check_inputs, finite
+from ..arguments import DTYPES, GRADIENTS, REDUCE_DTYPES, STATISTICS, Options, check_group_options, check_inputs, finite
 from ..choice import ROUTES, choose_backend, choose_route, fastest_over_ranks
 from ..normalization import resolve_normalization
 from .collectives import gather
@@ -101,6 +101,7 @@ def agree(z_a: Tensor, z_b: Tensor, options: Options, group: dist.ProcessGroup) 
 
 def _resolve(z_a: Tensor, z_b: Tensor, options: Options, group: dist.ProcessGroup) -> Rules:
     """This rank's arguments, checked."""
+    check_group_options(options)
     check_inputs(z_a, z_b, min_samples=1)
     if f"{z_a.device.type}:" not in dist.get_backend_config(group):
         raise ValueError(
