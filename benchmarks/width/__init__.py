@@ -27,6 +27,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--data", choices=STUDIES, action="append", help="may be repeated; default: all")
     parser.add_argument("--experiment", choices=EXPERIMENTS, action="append", help="may be repeated; default: all")
+    parser.add_argument("--widest", type=_whole, metavar="D", help="leave out points of larger D, which take longest")
     parser.add_argument("--part", choices=("runs", "costs"), help="only pretrain, or only measure steps; default: both")
     parser.add_argument("--seeds", type=_whole, default=3, metavar="S", help="of each point (default: 3)")
     parser.add_argument("--threads", type=_whole, default=1, metavar="T", help="of each run (default: 1)")
@@ -39,6 +40,7 @@ def main(argv: list[str]) -> int:
         for data in args.data or STUDIES:
             recorded = study.read(data, args.out)
             wanted = in_order(args.experiment or list(EXPERIMENTS), STUDIES[data], args.seeds)
+            wanted = [point for point in wanted if args.widest is None or point.d <= args.widest]
             for part, add in (("runs", study.add_runs), ("costs", study.add_costs)):
                 if args.part in (None, part):
                     add(recorded, wanted, launcher, args.out, lambda text: print(text, flush=True))

@@ -135,6 +135,18 @@ def test_a_run_is_a_process_of_its_own_after_the_words_before_it(tmp_path):
         launcher.answer(recorded, "pretrain", point)
 
 
+def test_the_command_line_says_what_is_run(tmp_path, monkeypatch):
+    launchers = []
+    monkeypatch.setattr(study, "Launcher", lambda *given: launchers.append((given, Recorder())) or launchers[-1][1])
+    asked = ["--data", "digits", "--experiment", "width", "--widest", "2048", "--seeds", "1", "--part", "runs"]
+    more = ["--before", "nice -n 19", "--threads", "2", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]
+    assert main(["width", *asked, *more]) == 0
+    ((given, recorder),) = launchers
+    assert given == (("nice", "-n", "19"), 2, tmp_path / "runs")
+    assert [(what, point.d) for what, point in recorder.asked[1:]] == [("pretrain", d) for d in (128, 512, 2048)]
+    assert [path.name for path in tmp_path.iterdir()] == ["width-digits.json"]
+
+
 def request(folder, what, point, **more):
     asked = {"what": what, "study": dataclasses.asdict(TINY), "point": point, "folder": str(folder), "threads": 1}
     return json.dumps({**asked, **more})
