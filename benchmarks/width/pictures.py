@@ -13,7 +13,7 @@ from typing import Any
 from ..pictures import DIGEST
 from .points import KAPPA_WIDTHS, STUDIES
 from .study import LOSSES
-from .tables import METRICS, Row, baselines_of, rows_of
+from .tables import METRICS, Row, baselines_of, count, rows_of
 
 SHOWN = ("knn_few", "probe_few")
 COLOURS = {"lambda": "tab:green"}  # in both panels
@@ -31,10 +31,10 @@ def draw(recorded: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(13, 7.5), layout="constrained")
     study = recorded["study"]
-    seeds = len({run["seed"] for run in recorded["runs"]})
+    seeds = max((len(row.runs) for row in rows_of(recorded, "width")), default=0)
     figure.suptitle(
-        f"{study['data']}, frozen encoder, mean and standard deviation over {seeds} seed{'s' * (seeds > 1)}; N = "
-        f"{study['n']} except on the right"
+        f"{study['data']}, frozen encoder, mean and standard deviation over up to {count(seeds, 'seed')}; "
+        f"N = {study['n']} except on the right"
     )
     curves = (
         ("width D", "d", {"width": "equal κ", "growing": "equal κ, hidden width grows", "lambda": "equal λ"}),
@@ -69,7 +69,8 @@ def draw_costs(recorded: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     hardware = recorded["machine"]
     study = STUDIES[recorded["study"]["data"]]
-    figure.suptitle(f"A training step of the study, N = {study.n}, {hardware['cpu']}, {hardware['threads']} thread(s)")
+    threads = count(hardware["threads"], "thread")
+    figure.suptitle(f"A training step of the study, N = {study.n}, {hardware['cpu']}, {threads}")
     shapes = {(row.point.n, row.point.d, row.point.hidden) for row in rows_of(recorded, "width")}
     time_axes, memory_axes = figure.subplots(1, 2)
     for loss, colour in zip(LOSSES, ("tab:blue", "tab:orange"), strict=True):

@@ -81,7 +81,7 @@ EXPERIMENTS = {
     "width": "equal κ, equal hidden width",
     "lambda": f"equal λ, that of D = {BASE_D}",
     "growing": "equal κ, hidden width growing as √(2 D), from 64",
-    "samples": f"N at D = {BASE_D}, equal κ and equally many images passed",
+    "samples": f"equal κ and equally many images, D = {BASE_D}",
     **{f"kappa-{d}": f"κ at D = {d}" for d in KAPPA_WIDTHS},
 }
 TURNS = {"width": 0, "lambda": 0, f"kappa-{BASE_D}": 0, "samples": 1}  # the others come last

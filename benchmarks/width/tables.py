@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from barlow_fused import suggest_lambda
 
-from .points import BASE_D, EXPERIMENTS, KAPPA_WIDTHS, WIDTHS, Point, Study, points
+from .points import BASE_D, EXPERIMENTS, KAPPA_WIDTHS, Point, Study, points
 from .study import cost_of, point_of
 
 METRICS = {
@@ -19,6 +19,7 @@ METRICS = {
 }
 
 
+SAID = ("knn_few", "probe_few")  # in the findings
 NEARLY = 0.15  # two κ that differ less are compared
 
 
@@ -75,12 +76,13 @@ def settings(recorded: dict[str, Any], name: str) -> str:
         f"`{study['data']}`: {study['images']} training images of {size} x {size} pixels, {study['test']} held out; "
         f"encoder and views of the preset `digits`, {study['epochs']} epochs, AdamW with a peak rate of "
         f"{study['lr'] * study['n'] / 256:g} at N = {study['n']}. {len(recorded['runs'])} runs over "
-        f"{_count(len(seeds), 'seed')}, {sum(run['seconds'] for run in recorded['runs']) / 3600:.1f} hours on {where}, "
-        f"{_count(hardware['threads'], 'thread')} a run, PyTorch {hardware['versions']['torch']}."
+        f"{count(len(seeds), 'seed')}, {sum(run['seconds'] for run in recorded['runs']) / 3600:.1f} hours on {where}, "
+        f"{count(hardware['threads'], 'thread')} a run, PyTorch {hardware['versions']['torch']}."
     )
 
 
-def _count(number: int, what: str) -> str:
+def count(number: int, what: str) -> str:
+    """1 seed, 2 seeds."""
     return f"{number} {what}{'s' * (number != 1)}"
 
 
@@ -91,7 +93,7 @@ def table(recorded: dict[str, Any], experiment: str) -> str:
     fields = {
         "D": lambda row: f"{row.point.d}",
         "N": lambda row: f"{row.point.n}",
-        "κ": lambda row: f"{row.point.kappa:.2g}",
+        "κ": _kappa,
         "λ": lambda row: f"{row.runs[0]['lambd']:.2g}",
         "best C_ii": lambda row: f"{row.runs[0]['c_ii_of_floor']:.2f}",
     }
@@ -131,48 +133,56 @@ def kappa_tables(recorded: dict[str, Any], name: str) -> str:
 
 
 def findings(recorded: dict[str, Any], name: str) -> str:
-    """What the tables say, one sentence an experiment."""
+    """What the tables say, as a list."""
     said = []
-    for metric in ("knn_few", "probe_few", "probe_all"):
+    for metric in SAID:
+        sentences = []
         for experiment in ("width", "growing"):
             rows = rows_of(recorded, experiment)
-            if len(rows) == len(WIDTHS):
-                low, high = (f(rows, key=lambda row: row.mean(metric)) for f in (min, max))
-                noise = max(row.spread(metric) for row in rows)
-                said.append(
-                    f"{METRICS[metric]}, {EXPERIMENTS[experiment]}: from D = {rows[0].point.d} to {rows[-1].point.d} "
-                    f"between {low.mean(metric):.1f} % (D = {low.point.d}) and {high.mean(metric):.1f} % "
-                    f"(D = {high.point.d}); seeds of one D differ by up to ± {noise:.1f}"
+            if len(rows) > 1:
+                means, noise = [row.mean(metric) for row in rows], max(row.spread(metric) for row in rows)
+                sentences.append(
+                    f"{EXPERIMENTS[experiment]}: {min(means):.1f} to {max(means):.1f} % from D = {rows[0].point.d} to "
+                    f"{rows[-1].point.d}" + (f", with a deviation over the seeds of up to {noise:.1f}" if noise else "")
                 )
         rows = rows_of(recorded, "lambda")
-        base = next((row for row in rows if row.point.d == BASE_D), None)
-        others = [row for row in rows if row.point.d != BASE_D]
-        if base and others:
-            listed = ", ".join(
-                f"{row.mean(metric):.1f} at D = {row.point.d} (κ = {row.point.kappa:.2g})" for row in others
-            )
-            said.append(f"{METRICS[metric]}, {EXPERIMENTS['lambda']} ({base.mean(metric):.1f} % there): {listed}")
-    for metric in ("knn_few", "probe_few"):
-        pairs = [
-            f"κ = {row.point.kappa:.2g} at D = {row.point.d}: {row.mean(metric):.1f}, "
-            f"κ = {other.point.kappa:.2g} at D = {BASE_D}: {other.mean(metric):.1f}"
-            for row in rows_of(recorded, "lambda")
-            for other in rows_of(recorded, f"kappa-{BASE_D}")
-            if row.point.d != BASE_D and abs(row.point.kappa / other.point.kappa - 1) < NEARLY
-        ]
-        if pairs:
-            said.append(f"{METRICS[metric]}, nearly the same κ at two widths: {'; '.join(pairs)}")
-    for d in KAPPA_WIDTHS:
-        rows = rows_of(recorded, f"kappa-{d}")
         if len(rows) > 1:
-            best = max(rows, key=lambda row: row.mean("probe_few"))
-            close = [r.point.kappa for r in rows if r.mean("probe_few") > best.mean("probe_few") - 1]
-            within = ", ".join(f"{kappa:g}" for kappa in close)
-            said.append(
-                f"D = {d}: the {METRICS['probe_few']}, is best at κ = {best.point.kappa:g} "
-                f"({best.mean('probe_few'):.1f} %), and within a point of that at κ = {within}"
-            )
-    return "\n".join(f"- {sentence}." for sentence in said)
+            listed = ", ".join(f"{row.mean(metric):.1f} at D = {row.point.d} (κ = {_kappa(row)})" for row in rows)
+            sentences.append(f"{EXPERIMENTS['lambda']}: {listed}")
+        rows = rows_of(recorded, "samples")
+        if len(rows) > 1:
+            listed = ", ".join(f"{row.mean(metric):.1f} at N = {row.point.n}" for row in rows)
+            sentences.append(f"{EXPERIMENTS['samples']}: {listed}")
+        if sentences:
+            said.append(f"**{METRICS[metric]}**. " + ". ".join(text[0].upper() + text[1:] for text in sentences))
+    pairs = [
+        f"{both(row)} at D = {row.point.d} (κ = {_kappa(row)}) and {both(other)} at D = {BASE_D} (κ = {_kappa(other)})"
+        for row in rows_of(recorded, "lambda")
+        for other in rows_of(recorded, f"kappa-{BASE_D}")
+        if row.point.d != BASE_D and abs(row.point.kappa / other.point.kappa - 1) < NEARLY
+    ]
+    if pairs:
+        said.append(f"**Nearly the same κ at two widths**, k-NN / probe, 10 labels a class: {'; '.join(pairs)}")
+    best = [_best_kappa(d, rows) for d in KAPPA_WIDTHS if len(rows := rows_of(recorded, f"kappa-{d}")) > 1]
+    if best:
+        said.append(f"**Best κ** of those tried, {METRICS['probe_few']}: {'; '.join(best)}")
+    return "\n".join(f"- {text}." for text in said)
+
+
+def both(row: Row) -> str:
+    """The accuracies that the findings speak of."""
+    return " / ".join(f"{row.mean(metric):.1f}" for metric in SAID)
+
+
+def _best_kappa(d: int, rows: list[Row]) -> str:
+    best = max(rows, key=lambda row: row.mean("probe_few"))
+    close = [_kappa(row) for row in rows if row.mean("probe_few") > best.mean("probe_few") - 1]
+    within = f" (within a point of that: {', '.join(close)})" if len(close) > 1 else ""
+    return f"D = {d}: {best.mean('probe_few'):.1f} % at κ = {_kappa(best)}{within}"
+
+
+def _kappa(row: Row) -> str:
+    return f"{row.point.kappa:.3g}"
 
 
 def _cost_cells(recorded: dict[str, Any], point: Point) -> list[str]:

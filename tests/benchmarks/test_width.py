@@ -232,9 +232,10 @@ def test_the_findings_are_those_of_the_runs(recorded):
         if run["d"] == 8192 and run["kappa"] == 0.5:
             run["probe_few"] += 5
     text = tables.findings(recorded, "")
-    assert "is best at κ = 0.5 (96.0 %), and within a point of that at κ = 0.5." in text
-    assert "(91.0 % there): 91.0 at D = 128 (κ = 0.00026)" in text
-    assert "κ = 0.52 at D = 131072: 91.0, κ = 0.5 at D = 8192: 96.0" in text
+    assert "D = 8192: 96.0 % at κ = 0.5." in text
+    assert "91.0 at D = 128 (κ = 0.000256), " in text
+    assert "91.0 / 91.0 at D = 131072 (κ = 0.516) and 91.0 / 96.0 at D = 8192 (κ = 0.5)" in text
+    assert "91.0 to 91.0 % from D = 128 to 131072, with a deviation over the seeds of up to 1.0" in text
     recorded["runs"] = []
     assert tables.findings(recorded, "") == ""
 
