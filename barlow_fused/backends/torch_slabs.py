@@ -19,9 +19,9 @@ factor, D / N or N, which alpha takes back). The rest is elementwise.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,22 +39,24 @@ FEW_SAMPLES = 128  # below this the sums over slabs of K, which is small then, a
 BULK_RATIO = 32  # D / N from which K's bulk is taken out (``_bulk``)
 PANEL = 128  # rows of the lower-triangle panels of a symmetric product
 ONEDNN_MIN_FLOPS = 1e7  # below this, oneDNN's 20 us of set-up cost more than it saves
+MIN_ONEDNN_OUTPUT = 256  # rows and columns of A^T B: below that, oneDNN leaves cores idle
 ONEDNN_MAX_ROWS = math.inf if "AVX512" in torch.backends.cpu.get_cpu_capability() else 64  # above, MKL is faster
 
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 _ALL = slice(None)
 
 
-class Normalized(NamedTuple):
-    """Two views, and what it takes to standardise them: x_hat = (z - mean) * rstd + shift."""
+@dataclasses.dataclass
+class Normalized:
+    """Two views, and the statistics of every feature, which a route computes on its first walk over the inputs."""
 
     z_a: Tensor  # [N, D]
     z_b: Tensor  # [N, D]
     normalization: Normalization | None  # None: the inputs are used as they are, and there are no statistics
-    c: Tensor  # [D] diag(C), in the dtype that everything is computed in
-    stats: tuple[
-        Tensor, ...
-    ]  # rstd, biased variance, mean, shift, each [2, 1, D] (two views); or rstd, variance, x_hat
+    c: Tensor | None = None  # [D] diag(C), in the dtype that everything is computed in
+    # Each [2, 1, D] (two views): rstd, biased variance, mean, and what rounding left of it (Gram: times -rstd, to be
+    # added). Small inputs are one slab, kept in the place of the last two: standardised (Gram) or centred (direct).
+    stats: tuple[Tensor, ...] = ()
 
     def saved(self) -> list[Tensor]:
         """What a backward pass needs, beside the inputs, to build this again."""
@@ -67,45 +69,53 @@ class Normalized(NamedTuple):
         """Build again what ``saved`` was taken from."""
         return cls(z_a, z_b, normalization, saved[0], tuple(saved[1:]))
 
-    def slab(self, rows: slice, columns: slice, out: Tensor | None = None) -> Tensor:  # [2, rows, columns]
-        """A slab of A_hat and B_hat, written over ``out``, the last slab, if that has its shape."""
+    def standardized(self, columns: slice, out: Tensor | None = None) -> Tensor:  # [2, N, columns]
+        """Some features of A_hat and B_hat, written over ``out``, the last slab, if that has its shape."""
         if len(self.stats) == 3:
-            return self.stats[2]  # small inputs are one slab, and it was kept
+            return self.stats[2]
         if self.normalization is None:
-            return _stack(self.z_a, self.z_b, rows, columns, out=out)
+            return _stack(self.z_a, self.z_b, _ALL, columns, out=out)
         rstd, _, mean, shift = (_cut(stat, columns) for stat in self.stats)
-        x = _stack(self.z_a, self.z_b, rows, columns, less=mean, out=out)
+        x = _stack(self.z_a, self.z_b, _ALL, columns, less=mean, out=out)
         return torch.addcmul(shift, x, rstd, out=x)
+
+    def centred(self, rows: slice, out: Tensor | None = None) -> Tensor:  # [2, rows, D]
+        """Some samples of z_a and z_b less their means as they were rounded, likewise."""
+        if len(self.stats) == 3:
+            return self.stats[2]
+        return _stack(self.z_a, self.z_b, rows, _ALL, less=self.stats[2] if self.stats else None, out=out)
 
 
 def normalize(z_a: Tensor, z_b: Tensor, normalization: Normalization | None) -> Normalized:
-    """Statistics of every feature of both views, and c = diag(C), in one pass over the inputs.
+    """Nothing yet: which statistics are needed, and in which order, depends on the route."""
+    return Normalized(z_a, z_b, normalization)
 
-    ``normalization=None`` takes the inputs as they are and computes only c.
-    """
+
+def _standardize(x: Normalized) -> None:
+    """For the Gram route: statistics of every feature of both views, and c = diag(C), in one pass over the inputs."""
+    z_a, z_b, normalization = x.z_a, x.z_b, x.normalization
     n, d = z_a.shape
     dtype = _compute_dtype(z_a)
+    x.c = c = z_a.new_empty(d, dtype=dtype)
     if normalization is None:
-        c = z_a.new_empty(d, dtype=dtype)
         for s in _slabs(d, n, NARROW_SLAB):
             c[s] = (z_a[:, s].to(dtype) * z_b[:, s]).mean(0)
-        return Normalized(z_a, z_b, None, c, ())
+        return
     mean, shift, var = (z_a.new_empty(2, 1, d, dtype=dtype) for _ in range(3))
-    c = z_a.new_empty(d, dtype=dtype)
-    x = square = None
+    slab = square = None
     for s in _slabs(d, n, NARROW_SLAB):
         here, rest = _cut(mean, s), _cut(shift, s)
         for view, z in enumerate((z_a, z_b)):
             torch.mean(z[:, s], 0, dtype=dtype, out=here[view, 0])
-        x = _stack(z_a, z_b, _ALL, s, less=here, out=x)
-        x -= torch.mean(x, 1, keepdim=True, out=rest)  # what rounding left of the mean
-        square = torch.mul(x, x, out=_like(x, square))
+        slab = _stack(z_a, z_b, _ALL, s, less=here, out=slab)
+        slab -= torch.mean(slab, 1, keepdim=True, out=rest)  # what rounding left of the mean
+        square = torch.mul(slab, slab, out=_like(slab, square))
         torch.mean(square, 1, keepdim=True, out=_cut(var, s))
-        torch.mean(torch.mul(x[0], x[1], out=square[0]), 0, out=_cut(c, s))
+        torch.mean(torch.mul(slab[0], slab[1], out=square[0]), 0, out=_cut(c, s))
     rstd = normalization.rstd(var, n)
     c *= rstd.prod(0)[0]
-    kept = (x.mul_(rstd),) if n * d <= KEEP_ELEMENTS else (mean, shift.mul_(rstd).neg_())
-    return Normalized(z_a, z_b, normalization, c, (rstd, var, *kept))
+    kept = (slab.mul_(rstd),) if n * d <= KEEP_ELEMENTS else (mean, shift.mul_(rstd).neg_())
+    x.stats = (rstd, var, *kept)
 
 
 def empty_saved(z_a: Tensor, route: str, normalization: Normalization | None) -> list[Tensor]:
@@ -122,9 +132,10 @@ def empty_saved(z_a: Tensor, route: str, normalization: Normalization | None) ->
 def gram(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[BarlowTwinsTerms, Tensor]:
     """The terms, and K_a / D and K_b / D less the part that ``_bulk`` names, stacked, (2, N, N). 2 to 4 N^2 D FLOPs."""
     n, d = x.z_a.shape
+    _standardize(x)
     bulk = _bulk(x)
     if n * d <= KEEP_ELEMENTS and not bulk:
-        x_hat = x.slab(_ALL, _ALL)
+        x_hat = x.standardized(_ALL)
         k = torch.bmm(x_hat, x_hat.mT)
         return _terms(x, _off_diag(x, k.prod(0).sum(dtype=torch.float64)), lambd, scale), k.div_(d)
     k = x.c.new_zeros(2, n, n, dtype=torch.float64 if n < FEW_SAMPLES else x.c.dtype)
@@ -132,7 +143,7 @@ def gram(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[Ba
     tau = iter(bulk)
     slab = None
     for s in _slabs(d, n):
-        slab = x.slab(_ALL, s, out=slab)
+        slab = x.standardized(s, out=slab)
         for x_hat in slab.split(MIN_SLAB if bulk else d, dim=2):
             if 2 * n * n * x_hat.shape[2] <= ONEDNN_MIN_FLOPS:
                 k += torch.bmm(x_hat, x_hat.mT)
@@ -171,15 +182,73 @@ def _bulk(x: Normalized) -> list[Tensor]:
 
 
 def correlate(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[BarlowTwinsTerms, Tensor]:
-    """The terms, and N C with its diagonal set to 0, (D, D). 2 N D^2 FLOPs."""
+    """The terms, and C with its diagonal set to 0, (D, D). 2 N D^2 FLOPs, in one pass over slabs of centred rows.
+
+    C's diagonal is summed apart: where it is close to 1 the gradient is a small difference, for which the product's
+    float32 sums over N samples are not exact enough.
+    """
     n, d = x.z_a.shape
-    c = x_hat = None
-    for s in _slabs(n, d):
-        x_hat = x.slab(s, _ALL, out=x_hat)
-        part = _matmul_t(x_hat[0].T, x_hat[1].T, x.z_a.dtype)
-        c = part if c is None else c.add_(part)
+    slabs = list(_slabs(n, d))
+    centred = x.normalization is not None
+    mean = x.z_a.new_empty(2, 1, d, dtype=_compute_dtype(x.z_a)) if centred else None
+    for view, z in enumerate((x.z_a, x.z_b) if centred else ()):
+        _mean(z, mean[view, 0])
+    c = moments = rest = slab = square = None
+    for rows in slabs:
+        slab = _stack(x.z_a, x.z_b, rows, _ALL, less=mean, out=slab)
+        if centred:  # what rounding left of the mean: removed from the slab if that is all, else from what is summed
+            rest = _add(rest, slab.sum(1, keepdim=True))
+            if len(slabs) == 1:
+                slab -= rest.div_(n)
+        if square is None or square.shape[1] != slab.shape[1]:
+            square = slab.new_empty(3, *slab.shape[1:])
+        torch.mul(slab, slab, out=square[:2])
+        torch.mul(slab[0], slab[1], out=square[2])
+        moments = _add(moments, square.sum(1, keepdim=True))  # (3, 1, D)
+        c = _add_product(c, slab)
+    moments /= n
+    if not centred:
+        x.c = moments[2, 0]
+        return _terms_of(x, c.mul_(1 / n), lambd, scale), c
+    if len(slabs) > 1:
+        rest /= n
+        of_rest = torch.cat((rest * rest, rest[:1] * rest[1:]))
+        moments -= of_rest
+        moments[:2] *= moments[:2] > of_rest[:2] * 1e-5  # else it is the rounding of a constant feature's mean
+        c.addr_(rest[0, 0], rest[1, 0], alpha=-n)
+    rstd = x.normalization.rstd(moments[:2], n)
+    kept = (slab,) if n * d <= KEEP_ELEMENTS else (mean, rest)
+    x.stats = (rstd, moments[:2], *kept)
+    x.c = (moments[2, 0] * rstd[0, 0]).mul_(rstd[1, 0])
+    return _terms_of(x, c.mul_((rstd[0] / n).T).mul_(rstd[1]), lambd, scale), c
+
+
+def _terms_of(x: Normalized, c: Tensor, lambd: float, scale: float) -> BarlowTwinsTerms:
+    """The terms from C, whose diagonal is set to 0."""
     c.fill_diagonal_(0)
-    return _terms(x, _scalar(torch.linalg.vecdot(c, c).sum(dtype=torch.float64)) / n**2, lambd, scale), c
+    return _terms(x, _scalar(torch.linalg.vecdot(c, c).sum(dtype=torch.float64)), lambd, scale)
+
+
+def _add(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total.add_(part)
+
+
+def _mean(z: Tensor, out: Tensor) -> None:  # [N, D] -> [D]
+    """The mean of every feature, in ``out``'s dtype: where that is not z's, operators would copy all of z."""
+    if z.dtype == out.dtype:
+        torch.mean(z, 0, out=out)
+        return
+    for s in _slabs(z.shape[1], z.shape[0], NARROW_SLAB):
+        torch.mean(z[:, s], 0, dtype=out.dtype, out=out[s])
+
+
+def _add_product(product: Tensor | None, slab: Tensor) -> Tensor:  # [D, D], [2, N, D] -> [D, D]
+    """product + A^T B."""
+    a, b = slab
+    if _by_onednn(a.T, b.T) and a.shape[1] >= MIN_ONEDNN_OUTPUT:
+        part = _matmul_t(a.T, b.T, a.dtype)
+        return _add(product, part)
+    return a.T @ b if product is None else torch.addmm(product, a.T, b, out=product)
 
 
 def _off_diag(x: Normalized, inner: Tensor) -> Tensor | float:
@@ -210,60 +279,110 @@ def input_grad(
 
     grad_a = rstd_a * (alpha * P + d * B_hat - kappa_a * m * A_hat),   m = mean_n(A_hat * (alpha * P + d * B_hat))
     """
-    n, features = x.z_a.shape
     w_on, w_off = Weights(*(None if g is None else _scalar(g) for g in weights[:3]), *weights[3:]).of_sums()
-    alpha = w_off * (2 / n)
-    d = (x.c - 1).mul_(w_on * (2 / n))
-    if route == "gram":  # its P contains C's diagonal
-        d -= x.c * alpha
-        alpha = alpha * (features / n)
-        blocks = [(_ALL, s) for s in _slabs(features, n)]
-    else:
-        alpha = alpha / n  # its P has the factor N
-        blocks = [(s, _ALL) for s in _slabs(n, features)]
+    alpha = w_off * (2 / x.z_a.shape[0])
+    d = (x.c - 1).mul_(w_on * (2 / x.z_a.shape[0]))
     views = [view for view in range(2) if needs[view]]
+    return (_gram_grad if route == "gram" else _direct_grad)(x, product, alpha, d, views)
+
+
+def _gram_grad(
+    x: Normalized, product: Tensor, alpha: Tensor | float, d: Tensor, views: list[int]
+) -> tuple[Tensor | None, Tensor | None]:
+    n, features = x.z_a.shape
+    d -= x.c * alpha  # P contains C's diagonal
+    alpha = alpha * (features / n)
+    blocks = list(_slabs(features, n))
     grads: list[Tensor | None] = [None, None]
     if len(blocks) > 1:
         for view in views:
             grads[view] = torch.empty_like((x.z_a, x.z_b)[view])
-    if x.normalization is not None:  # grad = rstd_alpha * P + rstd_d * other + (own_0 + own_1 * mean_n(own * P)) * own
+    if (
+        x.normalization is not None
+    ):  # grad = rstd_alpha * P + rstd_d * other + (own_0 + rstd_own * mean_n(own * P)) * own
         rstd, var = x.stats[:2]
         rstd_d = rstd * d
         rstd_alpha = rstd * alpha
         own_1 = rstd_alpha * -(kappa := x.normalization.kappa(var, n))
         own_0 = (rstd_d * x.c).mul_(-kappa)
-        if route == "gram" and (bulk := _bulk(x)):
+        if bulk := _bulk(x):
             tau = torch.stack(bulk).sum(0, dtype=torch.float64).to(rstd.dtype).flip(0)[..., None] / features
             own_0 += rstd_alpha * tau * x.normalization.remainder(rstd)
-        # a feature's mean_n(A_hat * P) is N sum_j C0_ij^2, too; with D larger than N that is the less exact of the two
-        mean_from_c = route == "direct" and (features <= n or len(blocks) > 1)
-        if mean_from_c:
-            own_1 *= 1 / n
-            mean_p = [torch.linalg.vecdot(product, product, dim=1 - view) for view in range(2)]
     slab = own_p = None
-    for rows, columns in blocks:
-        slab = x.slab(rows, columns, out=slab)
+    for columns in blocks:
+        slab = x.standardized(columns, out=slab)
         for view in views:
             own, other = slab[view], slab[1 - view]
-            if route == "gram":
-                p = _matmul_t(product[1 - view], own.T, x.z_a.dtype)
-            else:
-                p = _matmul_t(other, product.T if view else product, x.z_a.dtype)
+            p = _matmul_t(product[1 - view], own.T, x.z_a.dtype)
             if x.normalization is None:
-                p.mul_(alpha)
                 last = (other, _cut(d, columns))
+                p.mul_(alpha)
             else:
-                if not mean_from_c:
-                    own_p = torch.mul(own, p, out=_like(own, own_p))
-                mean = mean_p[view] if mean_from_c else own_p.mean(0)
+                own_p = torch.mul(own, p, out=_like(own, own_p))
                 p.mul_(_cut(rstd_alpha[view], columns)).addcmul_(other, _cut(rstd_d[view], columns))
-                last = (own, torch.addcmul(_cut(own_0[view], columns), _cut(own_1[view], columns), mean))
+                last = (own, torch.addcmul(_cut(own_0[view], columns), _cut(own_1[view], columns), own_p.mean(0)))
             if len(blocks) == 1:
                 grads[view] = p.addcmul_(*last).to(x.z_a.dtype)
             elif p.dtype == x.z_a.dtype:
-                torch.addcmul(p, *last, out=grads[view][rows, columns])
+                torch.addcmul(p, *last, out=grads[view][:, columns])
             else:
-                grads[view][rows, columns] = p.addcmul_(*last)
+                grads[view][:, columns] = p.addcmul_(*last)
+            del p  # before the next one is made
+    return grads[0], grads[1]
+
+
+def _direct_grad(
+    x: Normalized, c: Tensor, alpha: Tensor | float, d: Tensor, views: list[int]
+) -> tuple[Tensor | None, Tensor | None]:
+    """One product a view: grad_a = B G^T + A * of_a, of the centred views A and B, with of_a = -kappa_a rstd_a^2 m and
+
+    G_ij = alpha C_ij rstd_a,i rstd_b,j, but d_i rstd_a,i rstd_b,i on the diagonal.
+    """
+    n, features = x.z_a.shape
+    blocks = list(_slabs(n, features))
+    grads: list[Tensor | None] = [torch.empty_like(z) if v in views else None for v, z in enumerate((x.z_a, x.z_b))]
+    rest = x.stats[3] if len(x.stats) == 4 else None
+    # m is alpha sum_j C_ij^2 + d_i C_ii, too; with D larger than N that is the less exact of the two
+    m_from_c = features <= n or len(blocks) > 1
+    if x.normalization is None:
+        g = c * alpha
+        g.diagonal().copy_(d)
+    else:
+        rstd, var = x.stats[:2]
+        g = (c * (rstd[0] * alpha).T).mul_(rstd[1])
+        g.diagonal().copy_((rstd[0, 0] * d).mul_(rstd[1, 0]))
+        of_own = (rstd * rstd).mul_(-x.normalization.kappa(var, n))
+        if m_from_c:
+            square = c * c
+            m = torch.stack([square.sum(1 - view) for view in range(2)]).mul_(alpha)
+            del square  # it is as large as C
+            of_own *= m.add_(d * x.c)[:, None]
+            if rest is not None:  # what the rounded means make of it, to be taken off
+                constant = [torch.addmm(rest[v] * of_own[v], rest[1 - v], g if v else g.T).neg_() for v in range(2)]
+    slab = None
+    for rows in blocks:
+        slab = x.centred(rows, out=slab)
+        onednn = _by_onednn(slab[0], g)
+        if rest is not None and (onednn or not m_from_c):
+            slab -= rest
+        for view in views:
+            own, other, right = slab[view], slab[1 - view], g if view else g.T
+            grad = grads[view][rows]
+            out = grad if grad.dtype == own.dtype else None
+            if onednn or not m_from_c or x.normalization is None:
+                p = _matmul_t(other, right.T, x.z_a.dtype)
+                if x.normalization is not None:
+                    of_p = of_own[view] if m_from_c else of_own[view] * (own * p).mean(0)
+                    p = torch.addcmul(p, own, of_p, out=p if out is None else out)
+            else:  # the product is added to what is there, which costs it nothing
+                p = (
+                    torch.mul(own, of_own[view], out=out)
+                    if rest is None
+                    else torch.addcmul(constant[view], own, of_own[view], out=out)
+                )
+                p.addmm_(other, right)
+            if p is not grad:
+                grad.copy_(p)
             del p  # before the next one is made
     return grads[0], grads[1]
 
@@ -312,12 +431,22 @@ def _cut(per_feature: Tensor, columns: slice) -> Tensor:
     return per_feature if columns == _ALL else per_feature[..., columns]
 
 
+def _by_onednn(x: Tensor, y: Tensor) -> bool:
+    """Whether oneDNN multiplies x @ y.T fastest."""
+    large = 2 * x.shape[0] * x.shape[1] * y.shape[0] > ONEDNN_MIN_FLOPS
+    return (
+        large
+        and x.device.type == "cpu"
+        and x.shape[0] <= ONEDNN_MAX_ROWS
+        and x.dtype == torch.float32
+        and _ONEDNN is not None
+    )
+
+
 def _matmul_t(x: Tensor, y: Tensor, input_dtype: torch.dtype) -> Tensor:  # [M, K], [L, K] -> [M, L]
     """x @ y.T by the library that multiplies fastest; on accelerators in the inputs' dtype with float32 sums."""
-    if x.device.type == "cpu":
-        large = 2 * x.shape[0] * x.shape[1] * y.shape[0] > ONEDNN_MIN_FLOPS
-        if large and x.shape[0] <= ONEDNN_MAX_ROWS and x.dtype == torch.float32 and _ONEDNN is not None:
-            return _ONEDNN(x, y, None, "none", [], "")
-    elif input_dtype in (torch.float16, torch.bfloat16):
+    if _by_onednn(x, y):
+        return _ONEDNN(x, y, None, "none", [], "")
+    if x.device.type != "cpu" and input_dtype in (torch.float16, torch.bfloat16):
         return accelerator.matmul(x.to(input_dtype), y.to(input_dtype).T)
     return x @ y.T

@@ -148,19 +148,19 @@ def _slabs_cost(p: Problem) -> Cost:
     else:
         product = d * d * size
         slabs = -(-2 * n * d * size // of_rows)
-        forward = product + of_rows + product  # C and a slab's product
-        backward = product + max(product, 2 * of_rows)  # C^2; or a slab, one view's P, and A_hat * P
-        # Passes over C: squared and summed, again twice for the gradient's means, 12; each slab's product is written,
-        # read and added to C, and in the backward pass reads C for each view.
-        product_passes = 12 + 6 * slabs
+        forward = product + 5 * of_rows // 2 + product  # C, a slab and three products of its views, a slab's product
+        backward = 2 * product + max(product, 3 * of_rows // 2)  # C and G; C^2, or a slab and one view's P
+        # Passes over C: scaled 4, squared and summed 4; G made of it 4, squared and summed for the gradient's means 4;
+        # each slab's product is written, read and added to C, and in the backward pass reads G for each view.
+        product_passes = 16 + 6 * slabs
     if p.device.type == "cuda" and in_size < size:
         backward += product * in_size // size  # half-precision products copy their operands
-    # normalize has a slab and its square. The inputs' gradients, which are taken off, exist only in the backward pass.
+    # Statistics need a slab and its square. The gradients, which are taken off, exist in the backward pass only.
     before_gradients = max(2 * of_columns, forward) - 2 * n * d * in_size
     peak = 20 * d * size + max(before_gradients, backward)  # 20: statistics and factors of each feature
     if p.world_size > 1 and p.route == "gram":  # the shards of two views, and of their gradients
         peak += 4 * n * d * in_size
-    # normalize reads 2 N D, gram or correlate 2 N D, input_grad reads 2 N D and writes 2 N D.
+    # The means read 2 N D, gram or correlate 2 N D, input_grad reads 2 N D and writes 2 N D.
     bytes_moved = _traffic(n * d * in_size, 8, at_least=6) + _traffic(product, product_passes)
     return _cost(p, p.flops, bytes_moved, peak, p.product_dtype)
 
