@@ -27,6 +27,13 @@ BARLOW_DEVICE void unpack_two(uint32_t both, float (&x)[2]) {
   x[1] = to_float(T{static_cast<uint16_t>(both >> 16)});
 }
 
+// Two neighbouring numbers, aligned to 8 bytes.
+BARLOW_DEVICE void load_two(const float* from, float (&x)[2]) {
+  const Vec8 v = load(reinterpret_cast<const Vec8*>(from));
+  x[0] = bits_to_float(v.word[0]);
+  x[1] = bits_to_float(v.word[1]);
+}
+
 // Stores this warp's rows of a box: rows first_row + 0..15 of the matrix, as far as they exist.
 template <class T>
 BARLOW_DEVICE void store_box(const char* box, const Matrix& m, bool vectors, int n, int d, int first_row, int column) {
@@ -38,16 +45,14 @@ BARLOW_DEVICE void store_box(const char* box, const Matrix& m, bool vectors, int
     const int r = i * 4 + lane() / 8;
     const int64_t row = first_row + r;
     if (row < n && column < d) {
-      const Vec16 v = load(reinterpret_cast<const Vec16*>(box + (warp() * 16 + r) * 128 + (chunk ^ (r & 7)) * 16));
+      const char* const from = box + (warp() * 16 + r) * 128 + (chunk ^ (r & 7)) * 16;
       T* const to = static_cast<T*>(m.data) + row * m.row_stride + column * m.column_stride;
       if (vectors && column + 8 <= d) {
-        store(reinterpret_cast<Vec16*>(to), v);
+        store(reinterpret_cast<Vec16*>(to), load(reinterpret_cast<const Vec16*>(from)));
       } else {
-#pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          const uint32_t both = v.word[e / 2];
-          if (column + e < d) to[e * m.column_stride] = T{static_cast<uint16_t>(e % 2 ? both >> 16 : both & 0xffff)};
-        }
+#pragma unroll 1
+        for (int e = 0; e < smaller(8, d - column); ++e)
+          to[e * m.column_stride] = load(reinterpret_cast<const T*>(from) + e);
       }
     }
   }

@@ -96,6 +96,7 @@ struct HopperMultiply {
   static BARLOW_DEVICE void load(Place& place, const HopperTile& t) {
     const int rank = CLUSTER > 1 ? cluster_rank() : 0;
     int k = t.k;
+#pragma unroll 1  // the producer has few registers, and time
     for (int step = 0; step < t.steps; ++step, k += K) {
       uint64_t* const arrived = full(place.stage);
       mbarrier_wait(empty(place.stage), place.phase ^ 1);

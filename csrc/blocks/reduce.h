@@ -71,16 +71,16 @@ struct Arrival {
 // scratch: COUNT ints of shared memory.
 template <class Team, int COUNT>
 BARLOW_DEVICE void arrive(const Arrival (&arrivals)[COUNT], bool (&last)[COUNT], int* scratch) {
-  fence_device();
   Team::barrier();
-  if (thread() == 0) {
+  if (thread() == 0) {  // for all: what the barrier has made visible to this thread, its fence makes so to the device
+    fence_device();
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) scratch[i] = draw_ticket(arrivals[i].counter);
+    fence_device();
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
       if (scratch[i] == arrivals[i].blocks - 1) *arrivals[i].counter = 0;
     }
-    fence_device();
   }
   Team::barrier();
 #pragma unroll

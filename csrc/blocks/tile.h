@@ -73,6 +73,17 @@ BARLOW_DEVICE void store_row(const Matrix& m, bool vectors, int64_t row, int col
   }
 }
 
+// Two neighbouring numbers, rounded; 4-byte aligned in half precision.
+template <class T>
+BARLOW_DEVICE void store_two(T* to, const float (&x)[2]) {
+  if constexpr (sizeof(T) == 2) {
+    *reinterpret_cast<uint32_t*>(to) = pack_two<T>(x[0], x[1]);
+  } else {
+    to[0] = from_float<T>(x[0]);
+    to[1] = from_float<T>(x[1]);
+  }
+}
+
 // store_row and load_row of whatever the matrix holds. That may differ from T: gradients of small half-precision inputs,
 // which are multiplied in float32, and parts of a distributed batch, whose sums go on in float32.
 template <class T, int E>

@@ -46,6 +46,9 @@ struct float16 {
   uint16_t bits;
 };
 
+struct alignas(8) Vec8 {
+  uint32_t word[2];
+};
 // Four 32-bit words: the largest access of a thread.
 struct alignas(16) Vec16 {
   uint32_t word[4];

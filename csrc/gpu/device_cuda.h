@@ -28,13 +28,14 @@ BARLOW_DEVICE void warp_barrier() { __syncwarp(); }
 BARLOW_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffff, x, mask); }
 BARLOW_DEVICE double shuffle_xor(double x, int mask) { return __shfl_xor_sync(0xffffffff, x, mask); }
 
-// A ticket from a counter in global memory. What this thread wrote before is visible to whoever draws a later ticket.
+// A ticket from a counter in global memory. Between fences: what this thread could see before the first is visible, after
+// the second, to whoever draws a later ticket.
 BARLOW_DEVICE int draw_ticket(int* counter) {
   int ticket;
-  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(ticket) : "l"(counter) : "memory");
+  asm volatile("atom.add.relaxed.gpu.global.s32 %0, [%1], 1;" : "=r"(ticket) : "l"(counter) : "memory");
   return ticket;
 }
-BARLOW_DEVICE void fence_device() { __threadfence(); }
+BARLOW_DEVICE void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 // ---- Numbers --------------------------------------------------------------------------------------------------------
 
@@ -73,6 +74,11 @@ BARLOW_DEVICE uint32_t to_tf32(float x) {
 template <class V>
 BARLOW_DEVICE V load(const V* p) {
   return *p;
+}
+template <>
+BARLOW_DEVICE Vec8 load(const Vec8* p) {
+  const uint2 v = *reinterpret_cast<const uint2*>(p);
+  return {{v.x, v.y}};
 }
 template <>
 BARLOW_DEVICE Vec16 load(const Vec16* p) {

@@ -45,7 +45,7 @@ void choose_gram(const Gram& p, Stream stream) {
 
 GramPlan plan_gram(int n, int d, DType dtype, Precision precision, int device) {
   const bool split_products = dtype == DType::float32 && precision == Precision::float32;
-  const int clusters = dtype != DType::float32 ? hopper_gram_clusters(n, device) : 0;
+  const int clusters = dtype != DType::float32 ? hopper_gram_clusters(n, d, device) : 0;
   const bool hopper = clusters > 0;
   GramPlan plan{};
   plan.block = n >= (hopper ? 65 : many_rows) && !split_products ? 128 : 64;
@@ -55,33 +55,35 @@ GramPlan plan_gram(int n, int d, DType dtype, Precision precision, int device) {
   const int steps = ceil_div(d, 128 / size);
   // The partial tiles may take the memory of the two input gradients, which do not exist yet, and always one slice's.
   const int64_t slice = 2LL * plan.tiles * plan.block * plan.block;
-  const int64_t budget = 2LL * n * d * size / (4 * slice);
+  int64_t budget = 2LL * n * d * size / (4 * slice);
+  const bool squares = hopper && plan.block == 128 && n > hopper_gram_many_rows;
+  const GramPlan of_squares = squares ? hopper_plan_squares(n, d, clusters) : GramPlan{};
+  // The slices below are then for inputs that the TMA cannot copy, and take no more room.
+  if (squares) budget = of_squares.partials / slice;
   const int most = static_cast<int>(larger<int64_t>(1, smaller<int64_t>(smaller(max_split, steps), budget)));
   // A block takes as many steps as its slice has and about 8 more to start, store and hand over; a tile's last phase
-  // takes about 2 a slice. The multiprocessors take the blocks in waves.
-  int64_t works = 2LL * plan.tiles, workers = device_info(device).multiprocessors;
+  // takes about half of one a slice. The multiprocessors take the blocks in waves.
+  int64_t workers = device_info(device).multiprocessors;
   int least = 1, blocks = 1;  // blocks that share a slice
-  if (hopper && plan.block == 128) {
-    if (n > hopper_gram_many_rows) {  // clusters of two blocks, squares of 256
-      works = 1LL * ceil_div(rows, 2) * (ceil_div(rows, 2) + 1);
-    } else {
-      blocks = hopper_gram_pieces;
-      plan.tiles *= blocks;
-    }
+  const int64_t works = 2LL * plan.tiles;
+  if (hopper && plan.block == 128 && !squares) {
+    blocks = hopper_gram_pieces;
+    plan.tiles *= blocks;
     workers = clusters;
     least = smaller(ceil_div(steps, blocks * promote_products / 64), max_split);  // no second accumulator: short sums
   }
   int64_t best = INT64_MAX;
   for (int split = least; split <= larger(least, most); ++split) {
     const int64_t waves = ceil_div(works * split, workers);
-    const int64_t time = waves * (ceil_div(ceil_div(steps, split), blocks) + 8) + ceil_div(2 * split, blocks);
+    const int64_t time = 2 * waves * (ceil_div(ceil_div(steps, split), blocks) + 8) + ceil_div(split, blocks);
     if (time < best) {
       best = time;
       plan.steps = ceil_div(steps, split);
       plan.split = ceil_div(steps, plan.steps);
     }
   }
-  plan.partials = plan.split * slice;
+  plan.partials = larger(plan.split * slice, of_squares.partials);
+  plan.tiles = larger(plan.tiles, of_squares.tiles);
   return plan;
 }
 

@@ -22,6 +22,7 @@
 
 #include "blocks/multiply.h"
 #include "blocks/reduce.h"
+#include "blocks/tile.h"
 
 namespace barlow {
 
@@ -31,6 +32,115 @@ BARLOW_DEVICE void lower_triangle_tile(int tile, int& row, int& column) {
   if (row * (row + 1) / 2 > tile) --row;  // the root is rounded
   if ((row + 1) * (row + 2) / 2 <= tile) ++row;
   column = tile - row * (row + 1) / 2;
+}
+
+// The partial tiles of one view that are to be added, in this order: this thread's first numbers in each of them.
+struct Slices {
+  const Vec16* first;
+  int count;
+};
+
+// Fragments [begin, end) of K_a and K_b: adds up the slices, writes both triangles of K, and returns this thread's part
+// of the inner product. A fragment lies Team::threads after the one before, slices are `stride` apart.
+template <class Product>
+BARLOW_DEVICE double add_slices(const Gram& p, const Slices (&views)[2], int64_t stride, int begin, int end, int row,
+                                int column) {
+  // Of one view: so many fragments and slices are on their way at once.
+  constexpr int fragments = smaller(4, Product::ROWS * Product::COLUMNS), slices = 2;
+  using T = typename Product::T;
+  const float by_d = 1.f / p.d, by_n = 1.f / p.n;
+  const bool pairs = sizeof(T) == 2 && p.k.row_stride % 2 == 0 && reinterpret_cast<uintptr_t>(p.k.data) % 4 == 0;
+  double sum = 0;
+#pragma unroll 1
+  for (int f = begin; f < end; f += fragments) {
+    float k[2][fragments][4];
+#pragma unroll
+    for (int view = 0; view < 2; ++view) {
+#pragma unroll
+      for (int i = 0; i < fragments; ++i) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) k[view][i][e] = 0.f;
+      }
+#pragma unroll 1
+      for (int s = 0; s < views[view].count; s += slices) {
+        Vec16 v[slices][fragments];
+#pragma unroll
+        for (int j = 0; j < slices; ++j) {
+#pragma unroll
+          for (int i = 0; i < fragments; ++i) {
+            const bool there = s + j < views[view].count && f + i < end;
+            const Vec16* const from = views[view].first + (s + j) * stride + (f + i) * Product::Team::threads;
+            v[j][i] = there ? load_from_l2(from) : Vec16{};
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < slices; ++j) {
+#pragma unroll
+          for (int i = 0; i < fragments; ++i) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) k[view][i][e] += bits_to_float(v[j][i].word[e]);
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < fragments; ++i) {
+      if (f + i >= end) break;
+      const int m = row + Product::row_of((f + i) / Product::COLUMNS);
+      const int n = column + Product::column_of((f + i) % Product::COLUMNS);
+      const int first_m = m - lane() / 4, first_n = n - lane() % 4 * 2;  // of the warp's 16 x 8
+      if (first_m > first_n + 7 && first_m + 16 <= p.n && pairs) {
+        // All below the diagonal. What is there counts twice, for the triangle that is not computed.
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum += 2. * (static_cast<double>(k[0][i][e]) * static_cast<double>(k[1][i][e]));
+        if (p.k.data == nullptr) continue;
+        const float shift = -p.shift * by_n;
+#pragma unroll
+        for (int view = 0; view < 2; ++view) {
+          T* const to = static_cast<T*>(p.k.data) + view * p.n * p.k.row_stride;
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            const float x[2] = {k[view][i][2 * h] * by_d - shift, k[view][i][2 * h + 1] * by_d - shift};
+            store_two(to + (m + 8 * h) * p.k.row_stride + n, x);
+            // Neighbouring rows exchange a number: each then has two that are neighbours in the other triangle.
+            const bool odd = (lane() & 4) != 0;
+            const float taken = shuffle_xor(odd ? x[0] : x[1], 4);
+            const float across[2] = {odd ? taken : x[0], odd ? x[1] : taken};
+            store_two(to + (n + odd) * p.k.row_stride + (m + 8 * h - odd), across);
+          }
+        }
+        continue;
+      }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int64_t me = m + e / 2 * 8, ne = n + e % 2;
+        if (me < ne || me >= p.n) continue;
+        sum += static_cast<double>(k[0][i][e]) * static_cast<double>(k[1][i][e]) * (me > ne ? 2. : 1.);
+        if (p.k.data == nullptr) continue;
+        const float shift = p.shift * ((me == ne ? 1.f : 0.f) - by_n);
+#pragma unroll
+        for (int view = 0; view < 2; ++view) {
+          T* const to = static_cast<T*>(p.k.data) + view * p.n * p.k.row_stride;
+          to[me * p.k.row_stride + ne] = to[ne * p.k.row_stride + me] = from_float<T>(k[view][i][e] * by_d - shift);
+        }
+      }
+    }
+  }
+  return sum;
+}
+
+// When a team has added up the id-th of `all` parts of K: the last to come here computes the terms.
+// shared: 512 bytes of shared memory.
+template <class Team>
+BARLOW_DEVICE void complete_gram(const Gram& p, int id, int all, double sum, char* shared) {
+  double* const scratch = reinterpret_cast<double*>(shared);
+  sum = block_sum<Team>(sum, scratch);
+  if (thread() == 0) p.inner[id] = sum;
+  if (!last_to_arrive<Team>(p.counters + all, all, reinterpret_cast<int*>(scratch + Team::threads / 32))) return;
+  const double inner = sum_of<Team>(p.inner, all, scratch);                 // <K_a, K_b>
+  const double squares = sum_of<Team>(p.sums + p.slabs, p.slabs, scratch);  // of C_ii
+  const double off_sum = inner / (static_cast<double>(p.n) * p.n) - squares;
+  store_terms<Team>(off_sum, p.sums, p.slabs, p.lambd, p.scale, p.loss, p.on_diag, p.off_diag, scratch);
 }
 
 // Where this thread's part of a partial tile lies, a fragment every Team::threads: the partials are
@@ -45,61 +155,16 @@ BARLOW_DEVICE Vec16* partial_tile(const Gram& p, int tiles, int tile, int view, 
 // When one (tile, view, slice) stands in the partials, or one of PIECES equal parts of its fragments: the last to come
 // here adds up the slices of both views. shared: 512 bytes of shared memory.
 template <class Product, int PIECES>
-BARLOW_DEVICE void complete_gram(const Gram& p, int tiles, int tile, int piece, int row, int column, char* shared) {
-  using T = typename Product::T;
+BARLOW_DEVICE void finish_piece(const Gram& p, int tiles, int tile, int piece, int row, int column, char* shared) {
   using Team = typename Product::Team;
   constexpr int fragments = Product::ROWS * Product::COLUMNS / PIECES;
-  double* const scratch = reinterpret_cast<double*>(shared);
-  int* const ticket = reinterpret_cast<int*>(scratch + Team::threads / 32);
-  const int id = tile * PIECES + piece, all = tiles * PIECES;
-  if (!last_to_arrive<Team>(p.counters + id, 2 * p.split, ticket)) return;
-
-  double sum = 0;
-  const float by_n = 1.f / p.n;
-  const Vec16* const first = partial_tile<Product>(p, tiles, tile, 0, 0);
-  const int64_t view_size = partial_tile<Product>(p, tiles, tile, 1, 0) - first;
-#pragma unroll 1
-  for (int f = piece * fragments; f < (piece + 1) * fragments; ++f) {
-    const Vec16* from = first + f * Team::threads;
-    float k_a[4] = {0.f, 0.f, 0.f, 0.f}, k_b[4] = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll 4
-    for (int s = 0; s < p.split; ++s) {
-      const Vec16 a = load_from_l2(from), b = load_from_l2(from + view_size);
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        k_a[e] += bits_to_float(a.word[e]);
-        k_b[e] += bits_to_float(b.word[e]);
-      }
-      from += 2 * view_size;
-    }
-#pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int m = row + Product::row_of(f / Product::COLUMNS) + e / 2 * 8;
-      const int n = column + Product::column_of(f % Product::COLUMNS) + e % 2;
-      if (m >= n && m < p.n) {
-        // The upper triangle is not computed: what is below the diagonal counts twice.
-        sum += static_cast<double>(k_a[e]) * static_cast<double>(k_b[e]) * (m > n ? 2.0 : 1.0);
-        if (p.k.data != nullptr) {
-          const float shift = p.shift * ((m == n ? 1.f : 0.f) - by_n);
-          const T a = from_float<T>(k_a[e] / p.d - shift), b = from_float<T>(k_b[e] / p.d - shift);
-          T* const k = static_cast<T*>(p.k.data);
-          const int64_t pitch = p.k.row_stride;
-          k[m * pitch + n] = a;
-          k[(p.n + m) * pitch + n] = b;
-          k[n * pitch + m] = a;
-          k[(p.n + n) * pitch + m] = b;
-        }
-      }
-    }
-  }
-  sum = block_sum<Team>(sum, scratch);
-  if (thread() == 0) p.inner[id] = sum;
-
-  if (!last_to_arrive<Team>(p.counters + all, all, ticket)) return;
-  const double inner = sum_of<Team>(p.inner, all, scratch);                 // <K_a, K_b>
-  const double squares = sum_of<Team>(p.sums + p.slabs, p.slabs, scratch);  // of C_ii
-  const double off_sum = inner / (static_cast<double>(p.n) * p.n) - squares;
-  store_terms<Team>(off_sum, p.sums, p.slabs, p.lambd, p.scale, p.loss, p.on_diag, p.off_diag, scratch);
+  const int id = tile * PIECES + piece;
+  if (!last_to_arrive<Team>(p.counters + id, 2 * p.split, reinterpret_cast<int*>(shared))) return;
+  const Slices views[2] = {{partial_tile<Product>(p, tiles, tile, 0, 0), p.split},
+                           {partial_tile<Product>(p, tiles, tile, 1, 0), p.split}};
+  const int64_t stride = 2 * (views[1].first - views[0].first);
+  const double sum = add_slices<Product>(p, views, stride, piece * fragments, (piece + 1) * fragments, row, column);
+  complete_gram<Team>(p, id, tiles * PIECES, sum, shared);
 }
 
 // Everything after the product of one (tile, view, slice), by the team whose registers hold it.
@@ -115,7 +180,7 @@ BARLOW_DEVICE void finish_gram(const Gram& p, int tiles, int tile, int view, int
       store(to + (i * Product::COLUMNS + j) * Product::Team::threads, pack(acc[i][j], 0.f));
     }
   }
-  complete_gram<Product, 1>(p, tiles, tile, 0, row, column, shared);
+  finish_piece<Product, 1>(p, tiles, tile, 0, row, column, shared);
 }
 
 // The kernel on any GPU from sm_80.

@@ -1,10 +1,11 @@
 // gram on Hopper: gram.h with hopper_multiply.h's product, half precision.
 //
-// The tiles that are stored and counted are gram.cu's, 128 x 128. There are two ways to compute them:
+// There are two ways to compute the tiles:
 //
-// * Many rows, more than 512: a cluster of two blocks computes 256 x 256 of K at a time, each block 128 rows of it, and
-//   finishes those of its two tiles that are not above the diagonal. N = 2048, D = 8192, both views: 2 * 36 squares and
-//   128 steps of 64 k, 1.125 times what the triangle needs; 66 clusters take at least 140 steps of 1024 cycles each.
+// * Many rows, more than 512: a cluster of two blocks computes 256 x 256 of K at a time, each block 128 rows of it. N =
+//   2048, D = 8192, both views: 2 * 36 squares and 128 steps of 64 k, 1.125 times what the triangle needs. All clusters
+//   take as many steps, whatever the number of squares: 66 of them 140, of 1024 cycles each. Which cluster has which part
+//   of a square depends on the device and on the shape alone, and so does the order of the additions.
 // * Few rows: what fills the chip are slices of D, and whoever adds up many slices of a tile would work alone, after
 //   the others. So a cluster of eight blocks computes a tile, each an eighth of a slice, and adds up its eight partial
 //   tiles through distributed shared memory, always in the order of the blocks: each block two of the sixteen fragments
@@ -18,59 +19,142 @@
 namespace barlow {
 namespace {
 
+// How K's squares of 256 are shared out. All (square, view, step of 64 k), in this order, form one line of `total` steps;
+// each cluster takes `range` of them, the last one what is left. So a square's sum over k is cut where the clusters'
+// ranges are cut, into two or three segments mostly: segment c of line `2 square + view` is what cluster c has of it, and
+// its partial tile has the number line + c.
+struct SquareLayout {
+  int squares, steps;  // of a line
+  int range, clusters, total;
+  BARLOW_HOST_DEVICE int first_cluster(int line) const { return line * steps / range; }
+  BARLOW_HOST_DEVICE int last_cluster(int line) const { return ((line + 1) * steps - 1) / range; }
+  int64_t partial_tiles() const { return 2LL * squares + clusters; }
+};
+
+SquareLayout square_layout(int n, int d, int clusters) {
+  const int rows = ceil_div(n, 256);
+  SquareLayout layout{};
+  layout.squares = rows * (rows + 1) / 2;
+  layout.steps = ceil_div(d, 64);
+  layout.total = 2 * layout.squares * layout.steps;
+  // Fewer clusters where each would have less than 8 steps: a segment's tile takes about as long to hand over.
+  layout.range = larger(smaller(8, layout.total), ceil_div(layout.total, clusters));
+  layout.clusters = ceil_div(layout.total, layout.range);
+  return layout;
+}
+// Steps are counted in 32 bits. More are for the portable kernel, as large as no memory is.
+bool has_square_layout(int n, int d) {
+  const int64_t rows = ceil_div(n, 256);
+  return rows * (rows + 1) * ceil_div(d, 64) < INT32_MAX;
+}
+
 template <class Product_>
 struct GramSquareJob {
   using Product = Product_;
-  using Tile = ColumnsOf<Product, 128>;
   static constexpr int cluster = Product::CLUSTER;
   struct Params {
     TensorMap a[2], b[2];  // of each view
     Gram p;
-    int squares, tiles;  // of the lower triangle: what a cluster computes, and 128 x 128
-    int works;
+    SquareLayout layout;
+    int works;  // a cluster's range
   };
   static constexpr const char* name = "gram";
   static constexpr int epilogue_bytes = 512;
-  static_assert(Product::N == cluster * 128, "a cluster computes a square");
+  static constexpr int most_steps = 128;  // in the tensor cores' sum, which truncates: 8192 products
+  static_assert(Product::N == cluster * Product::M, "a cluster computes a square");
 
   const Params& params;
   BARLOW_DEVICE explicit GramSquareJob(const Params& p) : params(p) {}
 
-  // Squares run fastest: clusters that run together read the same columns of A_hat.
-  BARLOW_DEVICE void place(int work, int& row, int& column, int& view, int& slice) const {
-    lower_triangle_tile(work % params.squares, row, column);
-    view = work / params.squares % 2;
-    slice = work / (2 * params.squares);
-    row = row * cluster + cluster_rank();
-    column *= cluster;
+  struct Segment {
+    int line, first, steps;  // of a line
+    int row, column;         // of this block's 128 x 256
+  };
+  // The segment that begins at `at`.
+  BARLOW_DEVICE Segment segment(int at, int stop) const {
+    const SquareLayout& layout = params.layout;
+    Segment s;
+    s.line = at / layout.steps;
+    s.first = at - s.line * layout.steps;
+    s.steps = smaller(layout.steps - s.first, stop - at);
+    lower_triangle_tile(s.line / 2, s.row, s.column);
+    s.row = (s.row * cluster + cluster_rank()) * Product::M;
+    s.column *= Product::N;
+    return s;
   }
-
-  BARLOW_DEVICE int steps(int slice) const {
-    return smaller(params.p.steps, ceil_div(params.p.d, Product::K) - slice * params.p.steps);
+  BARLOW_DEVICE int begin_of(int work) const { return work * params.layout.range; }
+  BARLOW_DEVICE int end_of(int work) const {
+    return work + 1 < params.layout.clusters ? begin_of(work + 1) : params.layout.total;
   }
 
   BARLOW_DEVICE void produce(typename Product::Place& ring, int work) const {
-    int row, column, view, slice;
-    place(work, row, column, view, slice);
-    if (lane() == 0) {
-      Product::load(ring, {&params.a[view], &params.b[view], row * 128, column * 128,
-                           slice * params.p.steps * Product::K, steps(slice)});
+    if (lane() != 0) return;
+    for (int at = begin_of(work), stop = end_of(work); at < stop;) {
+      const Segment s = segment(at, stop);
+      const int view = s.line % 2;
+      Product::load(ring, {&params.a[view], &params.b[view], s.row, s.column, s.first * Product::K, s.steps});
+      at += s.steps;
     }
   }
 
   BARLOW_DEVICE void consume(typename Product::Place& ring, int work) const {
-    int row, column, view, slice;
-    place(work, row, column, view, slice);
-    typename Product::Accumulator acc;
-    Product::multiply(ring, acc, steps(slice));
+    for (int at = begin_of(work), stop = end_of(work); at < stop;) {
+      const Segment s = segment(at, stop);
+      for (int done = 0; done < s.steps; done += most_steps) {
+        typename Product::Accumulator acc;
+        Product::multiply(ring, acc, smaller(most_steps, s.steps - done));
+        add_to_partial(partial_tile(s.line + work), acc, done > 0);
+      }
+      finish(s);
+      at += s.steps;
+    }
+  }
+
+  // This thread's numbers of a partial tile, of this block's half of it; fragments lie Consumers::threads apart.
+  BARLOW_DEVICE Vec16* partial_tile(int id) const {
+    return reinterpret_cast<Vec16*>(params.p.partials) +
+           (static_cast<int64_t>(id) * cluster + cluster_rank()) * (Product::COLUMNS * Consumers::threads) + thread();
+  }
+
+  // Long sums go on in memory, where the tensor cores' sum is added, rounded. Nobody else reads them yet.
+  BARLOW_DEVICE static void add_to_partial(Vec16* to, const typename Product::Accumulator& acc, bool add) {
+    constexpr int batch = 8;
 #pragma unroll
-    for (int half = 0; half < cluster; ++half) {
-      if (column + half <= row && row * 128 < params.p.n) {
-        const int tile = row * (row + 1) / 2 + column + half;
-        finish_gram<Tile>(params.p, params.tiles, tile, view, slice, row * 128, (column + half) * 128,
-                          Tile::of(acc, half), Product::epilogue_memory());
+    for (int f = 0; f < Product::COLUMNS; f += batch) {
+      Vec16 before[batch];
+#pragma unroll
+      for (int i = 0; i < batch; ++i) before[i] = add ? load_from_l2(to + (f + i) * Consumers::threads) : Vec16{};
+#pragma unroll
+      for (int i = 0; i < batch; ++i) {
+        float sum[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum[e] = bits_to_float(before[i].word[e]) + acc[0][f + i][e];
+        store(to + (f + i) * Consumers::threads, pack(sum, 0.f));
       }
     }
+  }
+
+  // A block's half of a square is a part that is counted on its own: whoever comes last adds up both views' segments.
+  BARLOW_DEVICE void finish(const Segment& s) const {
+    const Gram& p = params.p;
+    const SquareLayout& layout = params.layout;
+    char* const shared = Product::epilogue_memory();
+    const int square = s.line / 2, id = square * cluster + cluster_rank();
+    Slices views[2];
+    int segments = 0;
+#pragma unroll
+    for (int view = 0; view < 2; ++view) {
+      const int line = 2 * square + view, first = layout.first_cluster(line);
+      views[view] = {partial_tile(line + first), layout.last_cluster(line) - first + 1};
+      segments += views[view].count;
+    }
+    if (!last_to_arrive<Consumers>(p.counters + id, segments, reinterpret_cast<int*>(shared))) return;
+    // Columns beyond this block's rows are above the diagonal.
+    const int columns = smaller(Product::N, s.row + Product::M - s.column);
+    const int end = s.row < p.n ? smaller(columns, p.n - s.column) : 0;
+    const int64_t stride = cluster * Product::COLUMNS * Consumers::threads;
+    const double sum = add_slices<Product>(p, views, stride, 0, larger(0, ceil_div(end, 8)), s.row, s.column);
+    complete_gram<Consumers>(p, id, layout.squares * cluster, sum, shared);
   }
 };
 
@@ -155,8 +239,8 @@ struct GramTileJob {
     }
     arrive(&memory.read);
     ++exchanges;
-    complete_gram<Product, cluster>(params.p, params.tiles, tile, piece, row * 128, column * 128,
-                                    reinterpret_cast<char*>(memory.scratch));
+    finish_piece<Product, cluster>(params.p, params.tiles, tile, piece, row * 128, column * 128,
+                                   reinterpret_cast<char*>(memory.scratch));
   }
 
   // All consumers of the cluster.
@@ -171,23 +255,17 @@ struct GramTileJob {
 };
 
 template <class Job>
-void launch_gram(const Gram& p, Stream stream) {
+typename Job::Params gram_params(const Gram& p) {
   using Product = typename Job::Product;
-  using Kernel = HopperKernel<Job>;
-  const auto what = [&p] { return launch_name(Kernel::name, p.n, p.d); };
-  typename Kernel::Params params{};
+  const auto what = [&p] { return launch_name(Job::name, p.n, p.d); };
+  typename Job::Params params{};
   params.p = p;
   const Matrix x[2] = {p.a_hat, p.b_hat};
   for (int view = 0; view < 2; ++view) {
     params.a[view] = Product::a_map(x[view], p.n, p.d, what);
     params.b[view] = Product::b_map(x[view], p.n, p.d, what);
   }
-  const int rows = ceil_div(p.n, 128), square_rows = ceil_div(p.n, Product::N);
-  params.tiles = rows * (rows + 1) / 2;
-  const int squares = square_rows * (square_rows + 1) / 2;  // of the lower triangle: what a cluster computes
-  if constexpr (Product::N > 128) params.squares = squares;
-  params.works = 2 * squares * p.split;
-  launch_clusters<Kernel>(params.works, stream, params, p.n, p.d);
+  return params;
 }
 
 template <class T>
@@ -196,22 +274,43 @@ using SquareJob = GramSquareJob<HopperMultiply<T, 256, 4, 2, true, true>>;
 template <class T>
 void choose_gram(const Gram& p, Stream stream) {
   if (p.n > hopper_gram_many_rows) {
-    launch_gram<SquareJob<T>>(p, stream);
+    using Job = SquareJob<T>;
+    typename Job::Params params = gram_params<Job>(p);
+    params.layout = square_layout(p.n, p.d, hopper_gram_clusters(p.n, p.d, stream.device));
+    params.works = params.layout.clusters;
+    launch_clusters<HopperKernel<Job>>(params.works, stream, params, p.n, p.d);
   } else {
-    launch_gram<GramTileJob<T>>(p, stream);
+    using Job = GramTileJob<T>;
+    typename Job::Params params = gram_params<Job>(p);
+    const int rows = ceil_div(p.n, 128);
+    params.tiles = rows * (rows + 1) / 2;
+    params.works = 2 * params.tiles * p.split;
+    launch_clusters<HopperKernel<Job>>(params.works, stream, params, p.n, p.d);
   }
 }
 
 }  // namespace
 
-int hopper_gram_clusters(int n, int device) {
-  if (!is_hopper(device)) return 0;
+int hopper_gram_clusters(int n, int d, int device) {
+  if (!is_hopper(device) || (n > hopper_gram_many_rows && !has_square_layout(n, d))) return 0;
   return n > hopper_gram_many_rows ? clusters_at_once<HopperKernel<SquareJob<bfloat16>>>(device)
                                    : clusters_at_once<HopperKernel<GramTileJob<bfloat16>>>(device);
 }
 
+GramPlan hopper_plan_squares(int n, int d, int clusters) {
+  const SquareLayout layout = square_layout(n, d, clusters);
+  GramPlan plan{};
+  plan.block = 128;
+  plan.tiles = 2 * layout.squares;
+  plan.split = 1;
+  plan.steps = layout.range;
+  plan.partials = layout.partial_tiles() * 256 * 256;
+  return plan;
+}
+
 bool hopper_can_gram(const Gram& p, int device) {
-  return p.block == 128 && has_tensor_map(p.a_hat) && has_tensor_map(p.b_hat) && hopper_gram_clusters(p.n, device) > 0;
+  return p.block == 128 && has_tensor_map(p.a_hat) && has_tensor_map(p.b_hat) &&
+         hopper_gram_clusters(p.n, p.d, device) > 0;
 }
 
 void hopper_gram(const Gram& p, Stream stream) {

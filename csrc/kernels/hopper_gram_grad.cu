@@ -25,21 +25,16 @@ struct GramGradJob {
     TensorMap k[2], hat[2], own[2];  // of each view: K of the other, and itself
     InputGrad p;
     EpilogueMatrices m[2];
-    int first_view, slabs, parts;  // row tiles of a block
+    int first_view, views, parts;  // row tiles of a block
+    float by_n;                    // 1 / N
     int works;
   };
-  // q = p P + (y Y + offset), own = scale_x X + offset_x, and what is known of the factor of own.
-  struct alignas(16) Weights {
-    float p, y, offset, own, scale_x, offset_x;
-    float kappa, known;
-  };
-  struct alignas(8) Missing {
-    float x, offset;  // what is to be added when the sums are complete: x X + offset
-  };
+  // grad = p P + (y Y + (x X + offset)), own = scale X + offset_own: of each feature. Until the sums are complete, x and
+  // offset lack what only they tell of the multiple of own.
+  enum { of_p, of_y, of_x, of_offset, of_scale, of_offset_own, weight_count };
   struct Memory {
-    Weights weights[Product::N];
-    Missing missing[Product::N];
-    float sums[Consumers::threads / 32][Product::N];  // of own q: each warp's rows
+    float weights[weight_count][Product::N];
+    float sums[Consumers::threads / 32][Product::N];  // of own P: each warp's rows
     float totals[2][Product::N];                      // all of this block's rows; this slab's and the next one's
     uint64_t exchanged;                               // every block of the cluster has written its totals
   };
@@ -56,24 +51,27 @@ struct GramGradJob {
     if (thread() == 0) mbarrier_init(&memory.exchanged, CLUSTER);
   }
 
-  BARLOW_DEVICE int view_of(int work) const { return params.first_view + work / params.slabs; }
-  BARLOW_DEVICE int column_of(int work) const { return work % params.slabs * Product::N; }
+  // Both views of a slab after each other: they read the same inputs.
+  BARLOW_DEVICE int view_of(int work) const { return params.first_view + work % params.views; }
+  BARLOW_DEVICE int column_of(int work) const { return work / params.views * Product::N; }
   BARLOW_DEVICE int row_of(int part) const { return (part * CLUSTER + cluster_rank()) * Product::M; }
   BARLOW_DEVICE int steps() const { return ceil_div(params.p.n, Product::K); }
 
   BARLOW_DEVICE void produce(Place& ring, int work) const {
     if (lane() != 0) return;
     const int view = view_of(work), column = column_of(work);
+    const bool sums = params.p.normalized;
+    const TensorMap &own = params.own[view], &other = params.own[1 - view];
     for (int part = 0; part < params.parts; ++part) {
       Product::load(ring, {&params.k[view], &params.hat[view], row_of(part), column, 0, steps()});
-      for (int c = 0; c < chunks; ++c) {
-        Product::load_boxes(ring, params.own[view], &params.own[1 - view], row_of(part), column + c * box_columns);
+      for (int c = 0; c < chunks && (WALK || sums); ++c) {
+        Product::load_boxes(ring, own, WALK ? &other : nullptr, row_of(part), column + c * box_columns);
       }
     }
-    if (!params.p.normalized) return;
+    if (WALK && !sums) return;
     for (int part = 0; part < params.parts; ++part) {
       for (int c = 0; c < chunks; ++c) {
-        Product::load_boxes(ring, params.own[view], nullptr, row_of(part), column + c * box_columns);
+        Product::load_boxes(ring, own, WALK ? nullptr : &other, row_of(part), column + c * box_columns);
       }
     }
   }
@@ -82,42 +80,40 @@ struct GramGradJob {
     const InputGrad& p = params.p;
     const int view = view_of(work), column = column_of(work);
     const EpilogueMatrices& m = params.m[view];
-    Consumers::barrier();  // the last slab's weights have been read
-    {
-      GramWeights<1> w;
-      w.set(p, view, column + thread());
-      memory.weights[thread()] = {w.w.weight_p[0], w.w.weight_y[0], w.w.offset_y[0], w.w.weight_x[0],
-                                  w.w.scale_x[0],  w.w.offset_x[0], w.kappa[0],      w.known[0]};
-#pragma unroll
-      for (int i = 0; i < Consumers::threads / 32; ++i) memory.sums[i][thread()] = 0.f;
-    }
-    Consumers::barrier();
+    GramWeights<1> w;  // of this thread's feature: on its way while the product is made
+    w.set(p, view, column + thread());
     typename Product::Accumulator acc;
     for (int part = 0; part < params.parts; ++part) {
       Product::multiply(ring, acc, steps());
+      if (part == 0) {
+        Consumers::barrier();  // the last slab's weights have been read
+        store_weights(w, 0.f);
+        Consumers::barrier();
+      }
+      if (WALK || p.normalized) {
 #pragma unroll
-      for (int c = 0; c < chunks; ++c) {
-        char* const boxes = Product::wait(ring);
-        first_pass(boxes, acc, c, row_of(part));
-        if (WALK || !p.normalized) {
-          store_box<T>(boxes, m.grad, m.grad_vectors, p.n, p.d, row_of(part) + warp() * 16, column + c * box_columns);
+        for (int c = 0; c < chunks; ++c) {
+          char* const boxes = Product::wait(ring);
+          add_own(boxes, acc, c, part == 0);
+          if (WALK) finish(boxes, acc, m, c, row_of(part), column);
+          Product::done(ring);
         }
-        Product::done(ring);
       }
       if (!WALK) break;  // tells the compiler that there is no next part
     }
-    if (!p.normalized) return;
-    add_up();
+    if (p.normalized) {
+      add_up(w);
+    } else if (WALK) {
+      return;
+    }
     for (int part = 0; part < params.parts; ++part) {
 #pragma unroll
       for (int c = 0; c < chunks; ++c) {
         char* const boxes = Product::wait(ring);
-        const int row = row_of(part) + warp() * 16;
         if constexpr (WALK) {
-          add_to_stored(boxes, m, c, row, column + c * box_columns);
+          add_to_stored(boxes, m, c, row_of(part) + warp() * 16, column + c * box_columns);
         } else {
-          last_pass(boxes, acc, c);
-          store_box<T>(boxes, m.grad, m.grad_vectors, p.n, p.d, row, column + c * box_columns);
+          finish(boxes, acc, m, c, row_of(part), column);
         }
         Product::done(ring);
       }
@@ -125,41 +121,48 @@ struct GramGradJob {
     }
   }
 
-  // From P to q: it takes the place of P where it waits for the sums, else of X in the box, with what is known of the
-  // multiple of own. Adds up own q.
-  BARLOW_DEVICE void first_pass(char* boxes, typename Product::Accumulator& acc, int c, int first_row) {
-    const InputGrad& p = params.p;
+  // x: what the sums tell of the factor of own.
+  BARLOW_DEVICE void store_weights(const GramWeights<1>& w, float x) const {
+    const float own = w.w.weight_x[0] + x;
+    float* const to = &memory.weights[0][thread()];
+    to[of_p * Product::N] = w.w.weight_p[0];
+    to[of_y * Product::N] = w.w.weight_y[0];
+    to[of_x * Product::N] = own * w.w.scale_x[0];
+    to[of_offset * Product::N] = own * w.w.offset_x[0] + w.w.offset_y[0];
+    to[of_scale * Product::N] = w.w.scale_x[0];
+    to[of_offset_own * Product::N] = w.w.offset_x[0];
+  }
+  // One weight of the two features of a fragment that this thread has.
+  BARLOW_DEVICE void load_weights(int which, int fragment, float (&w)[2]) const {
+    load_two(&memory.weights[which][Product::column_of(fragment)], w);
+  }
+
+  // The sums of own P over this warp's rows. Rows and columns that do not exist are 0 in P.
+  BARLOW_DEVICE void add_own(char* boxes, const typename Product::Accumulator& acc, int c, bool first) {
     float sums[2 * box_fragments];
 #pragma unroll
     for (int j = 0; j < box_fragments; ++j) {
-      float (&fragment)[4] = acc[0][c * box_fragments + j];
-      const Weights* const w = memory.weights + Product::column_of(c * box_fragments + j);
+      const int fragment = c * box_fragments + j;
+      float scale[2], offset[2];
+      load_weights(of_scale, fragment, scale);
+      load_weights(of_offset_own, fragment, offset);
       sums[2 * j] = sums[2 * j + 1] = 0.f;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const bool inside = first_row + Product::row_of(0) + 8 * h < p.n;
-        float x[2], y[2];
+        float x[2];
         unpack_two<T>(*in_box(boxes + Product::x_box, j, h), x);
-        unpack_two<T>(*in_box(boxes + Product::y_box, j, h), y);
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& q = fragment[2 * h + e];
-          q = w[e].p * q + (w[e].y * y[e] + w[e].offset);
-          x[e] = x[e] * w[e].scale_x + w[e].offset_x;
-          if (inside) sums[2 * j + e] += x[e] * q;
-          y[e] = q + x[e] * w[e].own;
-        }
-        if (WALK || !p.normalized) *in_box(boxes + Product::x_box, j, h) = pack_two<T>(y[0], y[1]);
+        for (int e = 0; e < 2; ++e) sums[2 * j + e] += (x[e] * scale[e] + offset[e]) * acc[0][fragment][2 * h + e];
       }
     }
     sum_columns(sums);
     float* const to = memory.sums[warp()] + c * box_columns + 2 * lane();
-    to[0] += sums[0];
-    to[1] += sums[1];
+    to[0] = first ? sums[0] : to[0] + sums[0];
+    to[1] = first ? sums[1] : to[1] + sums[1];
   }
 
-  // The sums of own q over all rows of the slab, and what follows from them.
-  BARLOW_DEVICE void add_up() {
+  // The sums of own P over all rows of the slab, and what follows from them: of mean_n(own q), only this was not known.
+  BARLOW_DEVICE void add_up(const GramWeights<1>& w) {
     float* const totals = memory.totals[exchanges % 2];
     Consumers::barrier();
     float sum = 0.f;
@@ -174,45 +177,73 @@ struct GramGradJob {
     for (int rank = 0; rank < CLUSTER; ++rank) sum += load_from_block(totals + thread(), rank);
     // Nobody writes these totals again before everybody has read them: the exchange of the next ones lies between.
     ++exchanges;
-    const Weights& w = memory.weights[thread()];
-    const float own = -w.kappa * (sum / params.p.n - w.known) + (WALK ? 0.f : w.own);
-    memory.missing[thread()] = {own * w.scale_x, own * w.offset_x};
+    const float x = -w.kappa[0] * w.w.weight_p[0] * (sum * params.by_n);
+    if constexpr (WALK) {
+      memory.weights[of_x][thread()] = x * w.w.scale_x[0];
+      memory.weights[of_offset][thread()] = x * w.w.offset_x[0];
+    } else {
+      store_weights(w, x);
+    }
     Consumers::barrier();
   }
 
-  // q waits in registers.
-  BARLOW_DEVICE void last_pass(char* box, const typename Product::Accumulator& acc, int c) const {
+  // The gradient of 64 columns, which takes the place of X in the box and goes to memory. With WALK, but for what the
+  // sums tell.
+  BARLOW_DEVICE void finish(char* boxes, const typename Product::Accumulator& acc, const EpilogueMatrices& m, int c,
+                            int first_row, int first_column) const {
 #pragma unroll
     for (int j = 0; j < box_fragments; ++j) {
-      const Missing* const w = memory.missing + Product::column_of(c * box_fragments + j);
+      const int fragment = c * box_fragments + j;
+      float p[2], y[2], x[2], offset[2];
+      load_weights(of_p, fragment, p);
+      load_weights(of_y, fragment, y);
+      load_weights(of_x, fragment, x);
+      load_weights(of_offset, fragment, offset);
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        float x[2];
-        unpack_two<T>(*in_box(box, j, h), x);
+        float own[2], other[2];
+        unpack_two<T>(*in_box(boxes + Product::x_box, j, h), own);
+        unpack_two<T>(*in_box(boxes + Product::y_box, j, h), other);
 #pragma unroll
-        for (int e = 0; e < 2; ++e) x[e] = acc[0][c * box_fragments + j][2 * h + e] + (w[e].x * x[e] + w[e].offset);
-        *in_box(box, j, h) = pack_two<T>(x[0], x[1]);
+        for (int e = 0; e < 2; ++e) {
+          own[e] = p[e] * acc[0][fragment][2 * h + e] + (y[e] * other[e] + (x[e] * own[e] + offset[e]));
+        }
+        *in_box(boxes + Product::x_box, j, h) = pack_two<T>(own[0], own[1]);
       }
     }
+    store_box<T>(boxes + Product::x_box, m.grad, m.grad_vectors, params.p.n, params.p.d, first_row + warp() * 16,
+                 first_column + c * box_columns);
   }
 
   // The gradient waits in memory; each thread reads what it has stored itself.
   BARLOW_DEVICE void add_to_stored(const char* box, const EpilogueMatrices& m, int c, int first_row, int column) const {
     const InputGrad& p = params.p;
     const int chunk = lane() % 8;
-    const Missing* const w = memory.missing + c * box_columns + chunk * 8;
+    const float* const x = memory.weights[of_x] + c * box_columns + chunk * 8;
+    const float* const offset = memory.weights[of_offset] + c * box_columns + chunk * 8;
     column += chunk * 8;
     const int count = larger(0, smaller(8, p.d - column));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int r = i * 4 + lane() / 8;
-      if (first_row + r < p.n && count > 0) {
-        float x[8], g[8];
-        unpack(load(reinterpret_cast<const Vec16*>(box + (warp() * 16 + r) * 128 + (chunk ^ (r & 7)) * 16)), x, T{});
-        load_row<T>(m.grad, m.grad_vectors, first_row + r, column, count, g);
+      if (first_row + r >= p.n || count == 0) continue;
+      const char* const own = box + (warp() * 16 + r) * 128 + (chunk ^ (r & 7)) * 16;
+      T* const to = static_cast<T*>(m.grad.data) + static_cast<int64_t>(first_row + r) * m.grad.row_stride +
+                    column * m.grad.column_stride;
+      if (m.grad_vectors && count == 8) {
+        float z[8], g[8];
+        unpack(load(reinterpret_cast<const Vec16*>(own)), z, T{});
+        unpack(load(reinterpret_cast<const Vec16*>(to)), g, T{});
 #pragma unroll
-        for (int e = 0; e < 8; ++e) g[e] += w[e].x * x[e] + w[e].offset;
-        store_row<T>(m.grad, m.grad_vectors, first_row + r, column, count, g);
+        for (int e = 0; e < 8; ++e) g[e] += x[e] * z[e] + offset[e];
+        store(reinterpret_cast<Vec16*>(to), pack(g, T{}));
+      } else {
+#pragma unroll 1
+        for (int e = 0; e < count; ++e) {
+          T* const g = to + e * m.grad.column_stride;
+          const float z = to_float(load(reinterpret_cast<const T*>(own) + e));
+          *g = from_float<T>(to_float(load(g)) + (x[e] * z + offset[e]));
+        }
       }
     }
   }
@@ -225,10 +256,11 @@ void launch_gram_grad(const InputGrad& p, Stream stream) {
   const auto what = [&p] { return launch_name(Kernel::name, p.n, p.d); };
   typename Kernel::Params params{};
   params.p = p;
-  params.slabs = ceil_div(p.d, Job::Product::N);
+  params.by_n = 1.f / p.n;
   params.parts = ceil_div(p.n, CLUSTER * Job::Product::M);
   params.first_view = p.grad[0].data == nullptr ? 1 : 0;
-  params.works = params.slabs * ((p.grad[0].data != nullptr) + (p.grad[1].data != nullptr));
+  params.views = (p.grad[0].data != nullptr) + (p.grad[1].data != nullptr);
+  params.works = ceil_div(p.d, Job::Product::N) * params.views;
   for (int view = 0; view < 2; ++view) {
     Matrix k = p.product;  // K of the other view
     k.data = static_cast<char*>(k.data) + (1 - view) * p.n * k.row_stride * sizeof(T);

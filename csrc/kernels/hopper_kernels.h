@@ -15,7 +15,9 @@ bool hopper_can_correlate(const Correlate&, int device);
 bool hopper_can_gram_grad(const InputGrad&, int device);
 bool hopper_can_direct_grad(const InputGrad&, int device);
 
-int hopper_gram_clusters(int n, int device);  // of gram's kernel for n rows, at once; 0 where none fits
+int hopper_gram_clusters(int n, int d, int device);  // of gram's kernel, at once; 0 where none fits
+// Beyond hopper_gram_many_rows: parts that are counted, workspace, and steps of a cluster.
+GramPlan hopper_plan_squares(int n, int d, int clusters);
 
 struct NormalizeParams;  // normalize.h
 struct SlabLayout;

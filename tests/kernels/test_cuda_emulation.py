@@ -136,6 +136,17 @@ def test_a_device_that_holds_15_clusters_of_8(emulated, n, d):
     assert_halves_are_right(emulated(90, 132, clusters={8: 15}), n, d, "gram")
 
 
+@pytest.mark.parametrize("convention", ["batch_norm", "none"])
+@pytest.mark.parametrize(("n", "d", "clusters"), [(300, 520, {8: 0, 4: 0}), (600, 300, {8: 0}), (200, 600, {})])
+def test_row_tiles_of_a_block(emulated, n, d, clusters, convention):
+    """gram_grad in clusters whose blocks walk over two row tiles, or three, or have one; the last are cut."""
+    loss = functools.partial(emulated(90, 8, clusters=clusters), route="gram", normalization=convention)
+    z_a, z_b = views(n, d, torch.bfloat16)
+    got, ref = answer(loss, z_a, z_b), cases.oracle(z_a, z_b, cases.NORMALIZATIONS[convention])
+    assert cases.error(got.grad_a, ref.grad_a) < 5e-3
+    assert cases.error(got.grad_b, ref.grad_b) < 5e-3
+
+
 def test_warm_up_touches_every_kernel(emulated):
     """More of them on Hopper, whose kernels no other device can load; test_nvcc.py compares the list with the code."""
     emulated(80, 8)

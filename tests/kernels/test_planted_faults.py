@@ -1,7 +1,8 @@
 """The emulation of the CUDA kernels catches what it is there for: faults are planted into copies of csrc/.
 
 Each copy is compiled with a program that compares its product with a plain loop: cuda_faults.cpp runs the gram kernel,
-hopper_faults.cpp multiplies matrices through TMA, mbarriers and wgmma, in clusters or not.
+hopper_faults.cpp multiplies matrices through TMA, mbarriers and wgmma, in clusters or not, gram_faults.cpp runs Hopper's
+gram over squares that several clusters share.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import pytest
 HERE = pathlib.Path(__file__).parent
 SOURCES = HERE.parents[1] / "csrc"
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-PROGRAMS = ("cuda_faults", "hopper_faults")
+PROGRAMS = ("cuda_faults", "hopper_faults", "gram_faults")
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -54,7 +55,7 @@ CUDA_FAULTS = {
         *(SANITIZE, "heap-buffer-overflow"),
     ),
     "a write past the end": (
-        *("kernels/gram.h", "if (m >= n && m < p.n) {", "if (m >= n) {"),
+        *("kernels/gram.h", "if (me < ne || me >= p.n) continue;", "if (me < ne) continue;"),
         *(SANITIZE, "heap-buffer-overflow"),
     ),
     "a missing barrier": (
@@ -133,6 +134,28 @@ HOPPER_FAULTS = {
 }
 
 
+# what is wrong: the file, the right text, the wrong text; K or the inner product is then wrong
+GRAM_FAULTS = {
+    "a partial tile that another cluster overwrites": (
+        "kernels/hopper_gram.cu",
+        "add_to_partial(partial_tile(s.line + work), acc",
+        "add_to_partial(partial_tile(s.line), acc",
+    ),
+    "a long sum whose first part is lost": ("kernels/hopper_gram.cu", "acc, done > 0);", "acc, false);"),
+    "a segment that nobody waits for": (
+        "kernels/hopper_gram.cu",
+        "segments += views[view].count;",
+        "segments += views[view].count - view;",
+    ),
+    "a segment in another block's place": (
+        "kernels/hopper_gram.cu",
+        "stride = cluster * Product::COLUMNS * Consumers::threads",
+        "stride = Product::COLUMNS * Consumers::threads",
+    ),
+    "a triangle that is stored across": ("kernels/gram.h", "(m + 8 * h - odd), across", "(m + 8 * h), across"),
+}
+
+
 def with_fault(folder: pathlib.Path, file: str, right: str, wrong: str) -> pathlib.Path:
     """A copy of the kernels."""
     source = folder / "csrc"
@@ -158,3 +181,10 @@ def test_a_fault_of_hoppers_product_is_caught(file, right, wrong, copies, report
     code, printed = run(program, copies=copies)
     assert code != 0
     assert report in printed
+
+
+@pytest.mark.parametrize(("file", "right", "wrong"), GRAM_FAULTS.values(), ids=GRAM_FAULTS.keys())
+def test_a_fault_of_hoppers_gram_is_caught(file, right, wrong, tmp_path):
+    code, printed = run(build(tmp_path, "gram_faults", with_fault(tmp_path, file, right, wrong), ()))
+    assert code != 0
+    assert "K is wrong" in printed
