@@ -232,7 +232,12 @@ PYBIND11_MODULE(BARLOW_MODULE, module) {
       .def_readonly("tiles", &GramPlan::tiles)
       .def_readonly("split", &GramPlan::split)
       .def_readonly("steps", &GramPlan::steps)
-      .def_readonly("partials", &GramPlan::partials);
+      .def_readonly("partials", &GramPlan::partials)
+      .def_readonly("longest", &GramPlan::longest);
+  py::class_<GramGradPlan>(module, "GramGradPlan", py::module_local())
+      .def_readonly("cluster", &GramGradPlan::cluster)
+      .def_readonly("parts", &GramGradPlan::parts)
+      .def_readonly("rounds", &GramGradPlan::rounds);
   py::class_<CorrelatePlan>(module, "CorrelatePlan", py::module_local())
       .def_readonly("block", &CorrelatePlan::block)
       .def_readonly("tiles", &CorrelatePlan::tiles);
@@ -245,6 +250,7 @@ PYBIND11_MODULE(BARLOW_MODULE, module) {
   module.def("plan_partial_gram", [](int n, int d, int dtype, int device) {
     return plan_partial_gram(n, d, static_cast<DType>(dtype), device);
   });
+  module.def("plan_gram_grad", plan_gram_grad);
   module.def("plan_correlate", [](int n, int d, int dtype, bool tf32, int device) {
     return plan_correlate(n, d, static_cast<DType>(dtype), tf32 ? Precision::tf32 : Precision::float32, device);
   });

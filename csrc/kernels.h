@@ -126,6 +126,13 @@ struct GramPlan {
   int split;         // slices of D
   int steps;         // tiles along D in a slice
   int64_t partials;  // floats of workspace
+  int longest;       // steps that the busiest multiprocessor takes
+};
+// How a Hopper GPU makes the Gram route's gradients, in half precision; cluster = 0: by the portable kernel.
+struct GramGradPlan {
+  int cluster;  // blocks that share a slab of 256 features
+  int parts;    // row tiles of a block
+  int rounds;   // slabs of a cluster
 };
 struct CorrelatePlan {
   int block;
@@ -135,6 +142,7 @@ struct CorrelatePlan {
 NormalizePlan plan_normalize(int n, int d, DType dtype, int device);
 GramPlan plan_gram(int n, int d, DType dtype, Precision precision, int device);
 GramPlan plan_partial_gram(int n, int d, DType dtype, int device);  // without partials: the caller knows `size`
+GramGradPlan plan_gram_grad(int n, int d, int device);              // of both views
 CorrelatePlan plan_correlate(int n, int d, DType dtype, Precision precision, int device);
 
 // Loads every kernel onto a device and asks what else the first launches would ask, so that those to come can be

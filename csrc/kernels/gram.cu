@@ -80,8 +80,10 @@ GramPlan plan_gram(int n, int d, DType dtype, Precision precision, int device) {
       best = time;
       plan.steps = ceil_div(steps, split);
       plan.split = ceil_div(steps, plan.steps);
+      plan.longest = static_cast<int>(waves) * ceil_div(plan.steps, blocks);
     }
   }
+  if (squares) plan.longest = of_squares.steps;
   plan.partials = larger(plan.split * slice, of_squares.partials);
   plan.tiles = larger(plan.tiles, of_squares.tiles);
   return plan;

@@ -2,7 +2,7 @@
 //
 // There are two ways to compute the tiles:
 //
-// * Many rows, more than 512: a cluster of two blocks computes 256 x 256 of K at a time, each block 128 rows of it. N =
+// * Many rows, more than 256: a cluster of two blocks computes 256 x 256 of K at a time, each block 128 rows of it. N =
 //   2048, D = 8192, both views: 2 * 36 squares and 128 steps of 64 k, 1.125 times what the triangle needs. All clusters
 //   take as many steps, whatever the number of squares: 66 of them 140, of 1024 cycles each. Which cluster has which part
 //   of a square depends on the device and on the shape alone, and so does the order of the additions.

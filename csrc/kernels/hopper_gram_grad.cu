@@ -276,6 +276,7 @@ void launch_gram_grad(const InputGrad& p, Stream stream) {
 struct ClusterChoice {
   int cluster = 0;  // 0: none fits
   bool walk = false;
+  int at_once = 0;
 };
 
 template <int CLUSTER, bool WALK>
@@ -287,7 +288,7 @@ void consider(ClusterChoice& best, int64_t& least, int n, int64_t slabs, int dev
   const int64_t time = ceil_div(slabs, int64_t{at_once}) * parts * (ceil_div(n, 64) + (WALK ? 10 : 7));
   if (time < least) {
     least = time;
-    best = {CLUSTER, WALK};
+    best = {CLUSTER, WALK, at_once};
   }
 }
 
@@ -322,6 +323,15 @@ void choose_gram_grad(const InputGrad& p, Stream stream) {
 }
 
 }  // namespace
+
+GramGradPlan plan_gram_grad(int n, int d, int device) {
+  const int64_t slabs = 2LL * ceil_div(d, 256);
+  if (!is_hopper(device) || n <= 128) return {};
+  const ClusterChoice choice = choose_cluster(n, slabs, device);
+  if (choice.cluster == 0 || !hopper_fills(device, choice.cluster, slabs)) return {};
+  const int parts = ceil_div(ceil_div(n, 128), choice.cluster);
+  return {choice.cluster, parts, static_cast<int>(ceil_div(slabs, int64_t{choice.at_once}))};
+}
 
 bool hopper_can_gram_grad(const InputGrad& p, int device) {
   if (!is_hopper(device) || p.n <= 128) return false;

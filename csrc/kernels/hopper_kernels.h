@@ -37,7 +37,7 @@ inline bool hopper_fills(int device, int cluster, int64_t clusters) {
 
 // Beyond this many rows gram computes squares of 256 by clusters of 2 blocks; up to them, tiles by clusters of as many
 // blocks as a tile has pieces.
-constexpr int hopper_gram_many_rows = 512;
+constexpr int hopper_gram_many_rows = 256;
 constexpr int hopper_gram_pieces = 8;
 
 }  // namespace barlow

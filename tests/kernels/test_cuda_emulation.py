@@ -12,6 +12,7 @@ from cases import ROUTES, answer, views
 from barlow_fused import barlow_twins_loss
 from barlow_fused.backends import accelerator, cuda_backend, why_unusable
 from barlow_fused.backends.operations import Spec
+from barlow_fused.planning import cuda
 
 CPU = torch.device("cpu")
 
@@ -162,6 +163,40 @@ def test_the_first_call_warms_up(emulated, monkeypatch):
     z_a, z_b = views(8, 64)
     cuda_backend.normalize(z_a, z_b, None)
     assert warmed == [CPU]
+
+
+H100 = {"clusters": {2: 66, 4: 33, 8: 15}}  # of 132 multiprocessors
+GRID = [(n, d) for d in (8192, 65536, 262144) for n in (512, 1024, 1100, 1280, 2048, 4096, 8192) if 2 * n <= d]
+
+
+@pytest.mark.parametrize(("n", "d"), GRID)
+def test_multiprocessors_take_equal_shares(emulated, n, d):
+    """The busiest takes at most 1.15 times its share of the steps of 128 x 256 x 64 that whole tiles need."""
+    emulated(90, 132, **H100)
+    kernels = cuda_backend.extension()
+    squares = -(-n // 256) * (-(-n // 256) + 1) // 2
+    share = 2 * 2 * squares * -(-d // 64) / 132  # both views, two row tiles a square
+    assert kernels.plan_gram(n, d, 1, False, 0).longest <= 1.15 * share
+    plan = kernels.plan_gram_grad(n, d, 0)
+    share = 2 * -(-n // 128) * -(-d // 256) / 132  # row tiles of all slabs, each with the same steps
+    assert plan.rounds * plan.parts <= 1.15 * share
+
+
+def test_workspace_does_not_grow_with_the_features(emulated):
+    emulated(90, 132, **H100)
+    plans = [cuda_backend.extension().plan_gram(2048, d, 1, False, 0) for d in (65536, 262144)]
+    assert plans[1].partials * 4 <= 60e6
+    assert plans[0].partials == plans[1].partials
+
+
+def test_predictions_count_the_steps_that_the_kernels_take(emulated):
+    """barlow_fused.planning.cuda cuts products as the kernels do."""
+    emulated(90, 132, **H100)
+    kernels = cuda_backend.extension()
+    for n, d in [*GRID, (256, 8192), (300, 4000), (200, 65536)]:
+        assert cuda.gram_steps(n, d) == kernels.plan_gram(n, d, 1, False, 0).longest
+        plan = kernels.plan_gram_grad(n, d, 0)
+        assert cuda.gram_grad_tiles(n, d) == (plan.rounds, plan.parts)
 
 
 def test_who_may_run_it(module):

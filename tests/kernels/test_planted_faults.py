@@ -1,8 +1,8 @@
 """The emulation of the CUDA kernels catches what it is there for: faults are planted into copies of csrc/.
 
 Each copy is compiled with a program that compares its product with a plain loop: cuda_faults.cpp runs the gram kernel,
-hopper_faults.cpp multiplies matrices through TMA, mbarriers and wgmma, in clusters or not, gram_faults.cpp runs Hopper's
-gram over squares that several clusters share.
+hopper_faults.cpp multiplies matrices through TMA, mbarriers and wgmma, in clusters or not, gram_faults.cpp runs
+Hopper's gram over squares that several clusters share.
 """
 
 from __future__ import annotations

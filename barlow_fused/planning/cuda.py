@@ -1,0 +1,100 @@
+"""How long the CUDA kernels should take on H100 and H200, in half precision: predictions, to be held against a GPU.
+
+What they assume:
+
+* A step, 128 x 256 x 64 products a multiprocessor, takes as long as a large matrix product takes for as many FLOPs
+  (``devices.KNOWN``, measured): 0.70 us. A step of 128 x 128 x 64 reads as much shared memory for half of that: 0.625 of it.
+* The chip holds 15 clusters of 8 blocks, 33 of 4, 66 of 2. Steps are counted as the kernels cut them; the tests compare
+  ``gram_steps`` and ``gram_grad_tiles`` with the kernels' plans.
+* An epilogue takes as long as its instructions, 4 a cycle and multiprocessor at 1.75 GHz, and is not overlapped with the
+  products: about 1200 a warp in gram_grad, twice as many where it walks twice, 900 in correlate and 800 in direct_grad, for
+  8 warps, and 1 us for what it waits for. ``python -m benchmarks.kernels --cuda`` counts them.
+* normalize reads and writes memory at 85 % of a copy's rate.
+* Handing over a tile of K and adding it up takes 9 us, or 4 where it is shared out in eight.
+* A kernel takes 3 us to begin and to end, as in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .devices import KnownGpu
+
+MULTIPROCESSORS = 132
+CLUSTERS = {8: 15, 4: 33, 2: 66}
+LAUNCH = 3e-6
+COPY_SHARE = 0.85
+MANY_ROWS = 256  # beyond them gram's clusters share squares
+STEP_FLOPS = 2 * 128 * 256 * 64
+SMALL_STEP = 0.625
+ISSUE_RATE = 4 * 1.75e9  # instructions of warps a second
+EPILOGUE_WAIT = 1e-6
+
+
+class Times(NamedTuple):
+    """Seconds of each kernel, forward and backward."""
+
+    normalize: float
+    product: float  # gram or correlate
+    gradient: float  # gram_grad, or direct_grad for both views
+
+    @property
+    def total(self) -> float:
+        """Of all of them."""
+        return sum(self)
+
+
+def predict(n: int, d: int, route: str, gpu: KnownGpu) -> Times:
+    """The kernels' times for inputs (n, d) in half precision, on a Hopper GPU of the table of rates."""
+    step = STEP_FLOPS * MULTIPROCESSORS / gpu.products["half"]
+    reads = 2 if n <= 13_000 else 4  # clusters hold so many rows
+    normalize = (reads + 2) * n * d * 2 / (COPY_SHARE * gpu.bandwidth) + LAUNCH
+    if route == "gram":
+        shared_out = n <= MANY_ROWS
+        product = gram_steps(n, d) * step * (SMALL_STEP if shared_out else 1) + (4e-6 if shared_out else 9e-6) + LAUNCH
+        rounds, parts = gram_grad_tiles(n, d)
+        tile = _cdiv(n, 64) * step + _epilogue(2400 if parts > 1 else 1200)
+        return Times(normalize, product, rounds * parts * tile + LAUNCH)
+    squares = _cdiv(d, 256) ** 2
+    product = _cdiv(squares, CLUSTERS[2]) * (_cdiv(n, 64) * step + _epilogue(900)) + LAUNCH
+    tiles = _cdiv(n, 256) * _cdiv(d, 256)
+    gradient = 2 * (_cdiv(tiles, CLUSTERS[2]) * (_cdiv(d, 64) * step + _epilogue(800)) + LAUNCH)
+    return Times(normalize, product, gradient)
+
+
+def gram_steps(n: int, d: int) -> int:
+    """Steps of the busiest multiprocessor in gram (csrc/kernels/gram.cu): of 128 x 256 x 64 beyond MANY_ROWS, else half."""
+    steps = _cdiv(d, 64)
+    if n > MANY_ROWS:
+        rows = _cdiv(n, 256)
+        total = rows * (rows + 1) * steps
+        return max(min(8, total), _cdiv(total, CLUSTERS[2]))
+    rows = _cdiv(n, 128)
+    tiles = rows * (rows + 1) // 2
+    most = max(1, min(32, steps, 2 * n * d * 2 // (4 * 2 * tiles * 128 * 128)))
+    least = min(_cdiv(steps, 8 * 128), 32)
+    best = None
+    for split in range(least, max(least, most) + 1):
+        waves = _cdiv(2 * tiles * split, CLUSTERS[8])
+        time = 2 * waves * (_cdiv(_cdiv(steps, split), 8) + 8) + _cdiv(split, 8)
+        if best is None or time < best[0]:
+            best = time, waves * _cdiv(_cdiv(steps, split), 8)
+    return best[1]
+
+
+def gram_grad_tiles(n: int, d: int) -> tuple[int, int]:
+    """Slabs of the busiest cluster in gram_grad, and row tiles of each of its blocks (csrc/kernels/hopper_gram_grad.cu)."""
+    rows, slabs = _cdiv(n, 128), 2 * _cdiv(d, 256)
+    options = []
+    for cluster, at_once in CLUSTERS.items():
+        rounds, parts = _cdiv(slabs, at_once), _cdiv(rows, cluster)
+        options.append((rounds * parts * (_cdiv(n, 64) + (10 if parts > 1 else 7)), rounds, parts))
+    return min(options, key=lambda option: option[0])[1:]
+
+
+def _epilogue(instructions: int) -> float:
+    return 8 * instructions / ISSUE_RATE + EPILOGUE_WAIT
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
