@@ -1,7 +1,9 @@
-"""What the Triton backend launches for a shape, compiled ahead of time: neither a GPU nor its driver is needed.
+"""What the kernels became: Triton's, compiled ahead of time, and CUDA's. Neither a GPU nor its driver is needed.
 
 python -m benchmarks.kernels
 python -m benchmarks.kernels --arch 80 --dtype float32 --shape 256x8192 --shape 8192x2048:direct
+python -m benchmarks.kernels --cuda                  the installed extension, barlow_fused/_cuda.*.so
+python -m benchmarks.kernels --cuda build/.../_cuda.*.so
 
 The operations run on tensors of the meta device, which have shapes and no data, with recorders in the place of the
 kernels; what they would have launched is compiled for the architecture. For each kernel: the seconds that compiling it
@@ -15,6 +17,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import io
 import os
 import re
@@ -38,6 +41,10 @@ from barlow_fused.backends import accelerator, triton_backend
 from barlow_fused.backends.operations import Spec
 from barlow_fused.backends.triton_kernels import configs
 from barlow_fused.normalization import CONVENTIONS, Normalization
+from barlow_fused.planning import cuda
+from barlow_fused.planning.devices import KNOWN
+
+from . import sass
 
 KERNELS = (
     *("normalize_kernel", "moments_kernel", "apply_moments_kernel", "gram_kernel", "gram_grad_kernel"),
@@ -50,6 +57,13 @@ TYPES = {
     torch.float64: "fp64",
     torch.int32: "i32",
 }
+PREDICTED = [
+    (256, 8192, "gram"),
+    (2048, 8192, "gram"),
+    (1024, 65536, "gram"),
+    (2048, 262144, "gram"),
+    (8192, 2048, "direct"),
+]
 SHAPES = ("256x8192", "2048x65536", "8192x2048:direct")
 
 
@@ -182,7 +196,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--shape", action="append", metavar="NxD[:direct]", help=f"may be repeated (default: {', '.join(SHAPES)})"
     )
+    parser.add_argument(
+        "--cuda", nargs="?", const="", metavar="MODULE", help="the CUDA extension (default: the installed one) instead"
+    )
     args = parser.parse_args(argv)
+    if args.cuda is not None:
+        return _cuda(args.cuda)
     print(f"Triton {triton.__version__}, sm_{args.arch}, {args.dtype}; processor time is that of this and of ptxas")
     _compile(launches_of(args.arch, 16, 64, torch.float32, "gram")[0], args.arch)  # sets Triton up
     for shape in args.shape or SHAPES:
@@ -199,6 +218,39 @@ def main(argv: list[str] | None = None) -> int:
                 f"{compiled.shared_memory / 1024:11.0f} KiB"
             )
         print(f"{'together':26}{total[0]:7.2f}{total[1]:11.2f}")
+    return 0
+
+
+def _cuda(path: str) -> int:
+    """Print what nvcc made of the CUDA kernels, and what they are predicted to take."""
+    if path:
+        spec = importlib.util.spec_from_file_location("_cuda", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        module = importlib.import_module("barlow_fused._cuda")
+    listed = sass.listed(module)
+    print("registers of a thread; KiB of shared memory (0: by the shape); blocks that a multiprocessor holds;")
+    print("instructions of the main loop and of the epilogue; divisions (FCHK); KiB of code\n")
+    print(f"{'':8}registers  shared  blocks  main loop  epilogue  divisions   code  kernel")
+    for kernel in sass.kernels_of(module.__file__, ("sm_90", "sm_90a")):
+        about = listed[kernel.type]
+        blocks = sass.blocks_at_once(kernel, about["threads"], about["shared_bytes"])
+        print(
+            f"{kernel.architecture:8}{kernel.registers:9}{about['shared_bytes'] / 1024:8.1f}{blocks:8}"
+            f"{len(kernel.main_loop):11}{kernel.epilogue:10}{kernel.count('FCHK'):11}{kernel.bytes / 1024:7.1f}"
+            f"  {sass.label(kernel.type)}"
+        )
+    print("\npredicted, half precision, microseconds (barlow_fused/planning/cuda.py says what is assumed)")
+    print(f"{'':24}normalize  product  gradient     sum   steps of gram  row tiles of gram_grad")
+    for gpu in ("h200", "h100"):
+        for n, d, route in PREDICTED:
+            times = cuda.predict(n, d, route, KNOWN[gpu])
+            line = f"{gpu} N={n} D={d}"
+            row = "".join(f"{1e6 * t:{w}.0f}" for t, w in zip((*times, times.total), (9, 9, 10, 8), strict=True))
+            rounds, parts = cuda.gram_grad_tiles(n, d)
+            steps = f"{cuda.gram_steps(n, d):16}{rounds * parts:12}" if route == "gram" else ""
+            print(f"{line:24}{row}{steps}")
     return 0
 
 

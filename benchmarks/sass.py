@@ -78,9 +78,14 @@ class Kernel:
         return tuple(max(with_products, key=_fullness, default=()))
 
     @property
-    def after_main_loop(self) -> int:
-        """Instructions behind it: mostly the epilogue, and what is rarely run."""
-        return sum(i.address > self.main_loop[-1].address for i in self.code) if self.main_loop else len(self.code)
+    def epilogue(self) -> int:
+        """Instructions between the main loop's end and that of the loop around it, or of the code."""
+        if not self.main_loop:
+            return 0
+        first, last = self.main_loop[0].address, self.main_loop[-1].address
+        around = [i.address for i in self.code if i.target is not None and i.target < first and i.address > last]
+        end = min(around, default=self.code[-1].address)
+        return sum(last < i.address <= end for i in self.code)
 
 
 def _fullness(loop: list[Instruction]) -> float:

@@ -19,6 +19,7 @@ import torch
 from ..backends import torch_slabs, torch_whole
 from ..backends.triton_kernels import configs
 from ..normalization import Normalization
+from . import cuda
 from .devices import Device
 
 CACHED_BYTES = 2**24  # caches hold a few arrays of this size: 32 MiB and more on server CPUs, 40 to 126 MB on the GPUs
@@ -40,6 +41,9 @@ class Cost:
     network: float = 0.0  # seconds, one collective after the other
     step: float = 0.0  # seconds: floor and network, as far as they do not overlap
     collectives: tuple = ()  # network.Collective, in their order
+    kernels: tuple[
+        tuple[str, float], ...
+    ] = ()  # seconds that each kernel should take, where that can be told (cuda.py)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +172,7 @@ def _slabs_cost(p: Problem) -> Cost:
 def triton_cost(p: Problem) -> Cost:
     """The Triton backend keeps A_hat and B_hat, and K or C, in the dtype that it multiplies (triton_backend.py).
 
-    So does the CUDA backend, whose tiles differ a little: what it costs is taken to be the same.
+    So does the CUDA backend, whose tiles differ a little: bytes and memory are taken to be the same.
 
     Passes over N x D numbers (of one view 1, of both 2): normalize reads 2, or 4 in its two phases, and writes 2; gram
     and correlate read 2; input_grad writes 2 and reads what it standardises, and in half precision also the rounded
@@ -202,6 +206,16 @@ def triton_cost(p: Problem) -> Cost:
     if p.world_size > 1 and p.route == "gram":  # the shards of two views and of their gradients; A_hat, B_hat once more
         peak += 4 * n * d * in_size + 2 * n * d * size
     return _cost(p, p.flops, bytes_moved, peak, p.dtype)
+
+
+def cuda_cost(p: Problem) -> Cost:
+    """The CUDA backend: ``triton_cost``, and on H100 and H200 what its kernels should take in half precision."""
+    cost, gpu = triton_cost(p), p.device.known
+    if gpu is None or gpu.capability != (9, 0) or p.world_size > 1 or p.dtype.itemsize != 2:
+        return cost
+    times = cuda.predict(p.n, p.d, p.route, gpu)
+    names = ("normalize", "gram", "gram_grad") if p.route == "gram" else ("normalize", "correlate", "direct_grad")
+    return dataclasses.replace(cost, kernels=tuple(zip(names, times, strict=True)))
 
 
 def reference_cost(p: Problem) -> Cost:
@@ -241,7 +255,7 @@ def usual_cost(p: Problem) -> Cost:
 
 
 # Of each backend
-COSTS = {"torch": torch_cost, "triton": triton_cost, "cuda": triton_cost, "reference": reference_cost}
+COSTS = {"torch": torch_cost, "triton": triton_cost, "cuda": cuda_cost, "reference": reference_cost}
 
 
 def _slab_bytes(length: int, other: int, size: int) -> int:

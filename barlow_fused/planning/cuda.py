@@ -3,12 +3,12 @@
 What they assume:
 
 * A step, 128 x 256 x 64 products a multiprocessor, takes as long as a large matrix product takes for as many FLOPs
-  (``devices.KNOWN``, measured): 0.70 us. A step of 128 x 128 x 64 reads as much shared memory for half of that: 0.625 of it.
+  (``devices.KNOWN``, measured): 0.70 us. A step of 128 x 128 x 64 has half of them and takes 0.625 of that, since
+  shared memory then is what limits it.
 * The chip holds 15 clusters of 8 blocks, 33 of 4, 66 of 2. Steps are counted as the kernels cut them; the tests compare
   ``gram_steps`` and ``gram_grad_tiles`` with the kernels' plans.
-* An epilogue takes as long as its instructions, 4 a cycle and multiprocessor at 1.75 GHz, and is not overlapped with the
-  products: about 1200 a warp in gram_grad, twice as many where it walks twice, 900 in correlate and 800 in direct_grad, for
-  8 warps, and 1 us for what it waits for. ``python -m benchmarks.kernels --cuda`` counts them.
+* An epilogue takes as long as its instructions, of 8 warps, 4 a cycle and multiprocessor at 1.75 GHz, and 1 us for what
+  it waits for; products do not overlap it. ``python -m benchmarks.kernels --cuda`` counts the instructions.
 * normalize reads and writes memory at 85 % of a copy's rate.
 * Handing over a tile of K and adding it up takes 9 us, or 4 where it is shared out in eight.
 * A kernel takes 3 us to begin and to end, as in a CUDA graph.
@@ -29,6 +29,7 @@ STEP_FLOPS = 2 * 128 * 256 * 64
 SMALL_STEP = 0.625
 ISSUE_RATE = 4 * 1.75e9  # instructions of warps a second
 EPILOGUE_WAIT = 1e-6
+EPILOGUES = {"gram_grad": 3150, "gram_grad, two walks": 4300, "correlate": 4000, "direct_grad": 2500}  # instructions
 
 
 class Times(NamedTuple):
@@ -53,17 +54,17 @@ def predict(n: int, d: int, route: str, gpu: KnownGpu) -> Times:
         shared_out = n <= MANY_ROWS
         product = gram_steps(n, d) * step * (SMALL_STEP if shared_out else 1) + (4e-6 if shared_out else 9e-6) + LAUNCH
         rounds, parts = gram_grad_tiles(n, d)
-        tile = _cdiv(n, 64) * step + _epilogue(2400 if parts > 1 else 1200)
+        tile = _cdiv(n, 64) * step + _epilogue("gram_grad, two walks" if parts > 1 else "gram_grad")
         return Times(normalize, product, rounds * parts * tile + LAUNCH)
     squares = _cdiv(d, 256) ** 2
-    product = _cdiv(squares, CLUSTERS[2]) * (_cdiv(n, 64) * step + _epilogue(900)) + LAUNCH
+    product = _cdiv(squares, CLUSTERS[2]) * (_cdiv(n, 64) * step + _epilogue("correlate")) + LAUNCH
     tiles = _cdiv(n, 256) * _cdiv(d, 256)
-    gradient = 2 * (_cdiv(tiles, CLUSTERS[2]) * (_cdiv(d, 64) * step + _epilogue(800)) + LAUNCH)
+    gradient = 2 * (_cdiv(tiles, CLUSTERS[2]) * (_cdiv(d, 64) * step + _epilogue("direct_grad")) + LAUNCH)
     return Times(normalize, product, gradient)
 
 
 def gram_steps(n: int, d: int) -> int:
-    """Steps of the busiest multiprocessor in gram (csrc/kernels/gram.cu): of 128 x 256 x 64 beyond MANY_ROWS, else half."""
+    """Steps of gram's busiest multiprocessor (csrc/kernels/gram.cu): of 128 x 256 beyond MANY_ROWS, else 128 x 128."""
     steps = _cdiv(d, 64)
     if n > MANY_ROWS:
         rows = _cdiv(n, 256)
@@ -83,7 +84,7 @@ def gram_steps(n: int, d: int) -> int:
 
 
 def gram_grad_tiles(n: int, d: int) -> tuple[int, int]:
-    """Slabs of the busiest cluster in gram_grad, and row tiles of each of its blocks (csrc/kernels/hopper_gram_grad.cu)."""
+    """Slabs of the busiest cluster, and row tiles of each of its blocks (csrc/kernels/hopper_gram_grad.cu)."""
     rows, slabs = _cdiv(n, 128), 2 * _cdiv(d, 256)
     options = []
     for cluster, at_once in CLUSTERS.items():
@@ -92,8 +93,8 @@ def gram_grad_tiles(n: int, d: int) -> tuple[int, int]:
     return min(options, key=lambda option: option[0])[1:]
 
 
-def _epilogue(instructions: int) -> float:
-    return 8 * instructions / ISSUE_RATE + EPILOGUE_WAIT
+def _epilogue(kernel: str) -> float:
+    return 8 * EPILOGUES[kernel] / ISSUE_RATE + EPILOGUE_WAIT
 
 
 def _cdiv(a: int, b: int) -> int:

@@ -31,7 +31,8 @@ class Plan:
         route, backend: those that the call takes.
         why: one sentence on why it takes this route.
         fused: what this package costs: ``flops``, ``bytes_moved``, ``peak_memory`` (bytes, less those of the inputs and
-            of both gradients), ``floor`` (seconds); and with several ranks ``all_to_all_bytes``, ``all_reduce_bytes``,
+            of both gradients), ``floor`` (seconds), and for the CUDA backend on an H100 or H200 the predicted
+            seconds of its ``kernels``; and with several ranks ``all_to_all_bytes``, ``all_reduce_bytes``,
             ``all_gather_bytes``, ``sent_bytes``, ``network`` and ``step`` (seconds), and the ``collectives`` by name.
         usual: the same for the usual implementation, the official code's recipe.
         lower_bound: seconds that any implementation of the route needs on this device: its FLOPs at the device's
@@ -100,9 +101,15 @@ class Plan:
                 "",
                 _wrap("peak memory", "beyond inputs and gradients"),
                 _wrap("floor", f"{floor}; {_quantity(self.lower_bound, 's')} for any implementation of this route"),
+                *(self._about_the_kernels() if self.fused.kernels else ()),
                 *(self._about_the_network() if self.network else ()),
             ]
         )
+
+    def _about_the_kernels(self) -> list[str]:
+        times = ", ".join(f"{name} {_quantity(seconds, 's')}" for name, seconds in self.fused.kernels)
+        total = _quantity(sum(seconds for _, seconds in self.fused.kernels), "s")
+        return [_wrap("kernels", f"{times}; {total} together: predicted, not measured")]
 
     def _about_the_network(self) -> list[str]:
         net = self.network

@@ -15,7 +15,8 @@
 namespace barlow {
 namespace {
 
-template <class T>
+// OUT: what C0 is stored in, T or float.
+template <class T, class OUT>
 struct CorrelateJob {
   using Product = HopperMultiply<T, 256, 4, 2, false, false>;
   using Place = typename Product::Place;
@@ -128,11 +129,11 @@ struct CorrelateJob {
           for (int e = 0; e < 2; ++e) {
             c[e] = acc[0][part * box_fragments + f][2 * h + e] * by_n;
             c[e] = (c[e] - mean[h] * memory.mean[at + e]) * (rstd[h] * memory.rstd[at + e]);
-            if (i >= p.d || j + e >= p.d || i == j + e) c[e] = 0.f;
+            if (i == j + e) c[e] = 0.f;  // beyond the edges it is 0 already: as the product is, and the means
             over_columns[h] += c[e] * c[e];
             over_rows[2 * f + e] += c[e] * c[e];
           }
-          if (p.c.data != nullptr && i < p.d) store_two(i, j, c);
+          if (p.c.data != nullptr && i < p.d) store_c(i, j, c);
         }
       }
       sum_columns(over_rows);
@@ -159,26 +160,28 @@ struct CorrelateJob {
                                                           memory.scratch);
   }
 
-  BARLOW_DEVICE void store_two(int i, int j, const float (&c)[2]) const {
-    const Matrix& to = params.p.c;
-    if (to.dtype == TypeOf<T>::dtype && params.pairs && j + 1 < params.p.d) {
-      *reinterpret_cast<uint32_t*>(static_cast<T*>(to.data) + i * to.row_stride + j) = pack_two<T>(c[0], c[1]);
-    } else {
-      store_row_as<T>(to, false, i, j, larger(0, smaller(2, params.p.d - j)), c);
+  BARLOW_DEVICE void store_c(int i, int j, const float (&c)[2]) const {
+    const Matrix& m = params.p.c;
+    OUT* const to = static_cast<OUT*>(m.data) + i * m.row_stride + j;
+    if (j + 1 < params.p.d && (sizeof(OUT) == 4 || params.pairs)) {
+      store_two(to, c);
+    } else if (j < params.p.d) {
+      to[0] = from_float<OUT>(c[0]);
+      if (j + 1 < params.p.d) to[1] = from_float<OUT>(c[1]);
     }
   }
 };
 
-template <class T>
+template <class T, class OUT>
 void launch_correlate(const Correlate& p, Stream stream) {
-  using Job = CorrelateJob<T>;
+  using Job = CorrelateJob<T, OUT>;
   using Kernel = HopperKernel<Job>;
   const auto what = [&p] { return launch_name(Kernel::name, p.n, p.d); };
   typename Kernel::Params params{};
   params.p = p;
   params.tiles_i = ceil_div(p.d, Job::Product::M);
   params.tiles_j = ceil_div(p.d, Job::Product::N);
-  params.pairs = p.c.column_stride == 1 && p.c.row_stride % 2 == 0 && reinterpret_cast<uintptr_t>(p.c.data) % 4 == 0;
+  params.pairs = p.c.row_stride % 2 == 0 && reinterpret_cast<uintptr_t>(p.c.data) % 4 == 0;
   params.hat[0] = Job::Product::a_map(p.a_hat, p.n, p.d, what);
   params.hat[1] = Job::Product::b_map(p.b_hat, p.n, p.d, what);
   if (p.z_a.data != nullptr) {
@@ -189,17 +192,24 @@ void launch_correlate(const Correlate& p, Stream stream) {
   launch_clusters<Kernel>(params.works, stream, params, p.n, p.d);
 }
 
+template <class T>
+void choose_correlate(const Correlate& p, Stream stream) {
+  if (p.c.data != nullptr && p.c.dtype == DType::float32) return launch_correlate<T, float>(p, stream);
+  launch_correlate<T, T>(p, stream);
+}
+
 }  // namespace
 
 bool hopper_can_correlate(const Correlate& p, int device) {
   const auto is_map = [&p](const Matrix& m) { return has_tensor_map(m) && m.dtype == p.a_hat.dtype; };
-  return is_hopper(device) && clusters_at_once<HopperKernel<CorrelateJob<bfloat16>>>(device) > 0 && p.block == 128 &&
-         is_map(p.a_hat) && is_map(p.b_hat) && (p.z_a.data == nullptr || (is_map(p.z_a) && is_map(p.z_b)));
+  return is_hopper(device) && clusters_at_once<HopperKernel<CorrelateJob<bfloat16, bfloat16>>>(device) > 0 &&
+         p.block == 128 && is_map(p.a_hat) && is_map(p.b_hat) &&
+         (p.z_a.data == nullptr || (is_map(p.z_a) && is_map(p.z_b)));
 }
 
 void hopper_correlate(const Correlate& p, Stream stream) {
   const DeviceGuard guard(stream.device);  // before the tensor maps, which need its context
-  p.a_hat.dtype == DType::bfloat16 ? launch_correlate<bfloat16>(p, stream) : launch_correlate<float16>(p, stream);
+  p.a_hat.dtype == DType::bfloat16 ? choose_correlate<bfloat16>(p, stream) : choose_correlate<float16>(p, stream);
 }
 
 }  // namespace barlow
