@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 TYPICAL_UNITS = 132  # where a device does not say
+_AS_IT_IS = contextlib.nullcontext()
 
 
 def why_no_gpu(device: torch.device) -> str | None:
@@ -36,9 +37,10 @@ def current_stream(device: torch.device) -> int:
 
 def guard(z: Tensor) -> contextlib.AbstractContextManager:
     """Makes the device of ``z`` the current one, on which Triton launches."""
-    if z.device.type != "cuda" or z.device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(z.device)
+    device = z.device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _AS_IT_IS
+    return torch.cuda.device(device)
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
