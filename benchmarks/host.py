@@ -185,7 +185,10 @@ class _Clock:
 
 
 def breakdown(name: str, method: Method, autograd: Method, turns: int) -> dict[str, float]:
-    """Seconds of a call in each of its parts, of a backend of kernels; medians of turns."""
+    """Seconds of a call in each of its parts, of a backend of kernels; of autograd only what its allocations take off.
+
+    Medians of turns.
+    """
     backend = backends.load(name, torch.device("cpu"))
     recorder, passes = backend.OPERATIONS.recorder, backend._passes
     with contextlib.ExitStack() as stack:
@@ -207,11 +210,12 @@ def breakdown(name: str, method: Method, autograd: Method, turns: int) -> dict[s
         seen: dict[str, list[float]] = collections.defaultdict(list)
         for _ in range(turns):
             clock.seconds.clear()
-            seen["autograd"].append(autograd(CALLS) - clock.seconds["allocations"] / CALLS)
-            clock.seconds.clear()
             method(CALLS)
             for part, spent in clock.seconds.items():
                 seen[part].append(spent / CALLS)
+            clock.seconds.clear()
+            autograd(CALLS)
+            seen["autograd"].append(-clock.seconds["allocations"] / CALLS)
     return {part: statistics.median(seconds) for part, seconds in seen.items()}
 
 
@@ -253,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for heading in ("method", "median", "quartiles", "of usual"):
         table.add_column(heading, justify="left" if heading == "method" else "right")
     for name, times in seconds.items():
-        low, median, high = statistics.quantiles([1e6 * t for t in times], n=4)
+        low, median, high = statistics.quantiles([1e6 * t for t in times], n=4, method="inclusive")
         ratio = statistics.median(t / u for t, u in zip(times, seconds["usual"], strict=True))
         table.add_row(name, f"{median:.0f}", f"{low:.0f} to {high:.0f}", f"{ratio:.2f}")
     console.print(table)
@@ -263,10 +267,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parts_table(parts: dict[str, dict[str, float]], seconds: dict[str, list[float]]) -> Table:
     table = Table("part", title="where it goes, in us")
+    alone = statistics.median(seconds["autograd"])
     for name, of_method in parts.items():
+        of_method["autograd"] += alone
         of_method["between them"] = statistics.median(seconds[name]) - sum(of_method.values())
         table.add_column(name, justify="right")
-    for part in next(iter(parts.values())):
+    for part in ("autograd", *PARTS, "plan", "launches", "between them"):
         table.add_row(part, *(f"{1e6 * of_method[part]:.1f}" for of_method in parts.values()))
     return table
 

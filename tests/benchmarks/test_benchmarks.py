@@ -591,6 +591,8 @@ def test_host_time_is_that_of_calls_that_launch_nothing(monkeypatch, capsys):
     assert max(map(len, text.splitlines())) <= 80
     for method in ("usual", "torch", "cuda"):
         assert re.search(rf"{method} +│ +\d+ │ +\d+ to \d+ │ +\d+\.\d\d", text)
+    for part in ("autograd", "checks", "choice", "allocations", "plan", "launches", "between them"):
+        assert re.search(rf"│ {part} +│ +-?\d+\.\d │", text)
     assert backends.load("torch", CPU).__name__.endswith("torch_slabs")  # as before
 
 
