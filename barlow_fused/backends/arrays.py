@@ -15,6 +15,7 @@ from torch import Tensor
 
 ALIGNMENT = 256  # bytes: where arrays begin in an allocation, as CUDA's own allocations do
 VECTOR = 16  # bytes: the largest access of a thread
+GAP = 0  # bytes at least between two arrays; tests leave some, and look for what is read or written there
 
 # What a call brings, in the order of its addresses. The terms are in the backward pass their gradients.
 Z_A, Z_B, SAVED, SCRATCH, LOSS, ON_DIAG, OFF_DIAG, GRAD_A, GRAD_B = range(9)
@@ -78,6 +79,7 @@ class Memory:
     def __init__(self, slot: int) -> None:
         self.slot = slot
         self.bytes = 0  # of the allocation
+        self.gaps: list[tuple[int, int]] = []  # after each array, from its last byte to the next array or the end
         self._taken = 0
 
     def empty(self, dtype: torch.dtype, *shape: int, row_bytes: int = 1) -> Array:
@@ -86,10 +88,13 @@ class Memory:
         padded = (*shape[:-1], -(-shape[-1] // step) * step) if shape else ()
         strides = tuple(math.prod(padded[dim + 1 :]) for dim in range(len(shape)))
         array = Array(self.slot, dtype, shape, strides, self._taken)
-        self._taken += -(-math.prod(padded) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        end = self._taken + math.prod(padded) * dtype.itemsize
+        self._taken = -(-(end + GAP) // ALIGNMENT) * ALIGNMENT
         self.bytes = max(self.bytes, self._taken)
+        self.gaps.append((end, self._taken))
         return array
 
     def free(self, last: Array) -> None:
         """The array that was made last is not used beyond what was launched so far: the next takes its place."""
-        self._taken = last.offset
+        if not GAP:
+            self._taken = last.offset

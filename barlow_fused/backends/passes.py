@@ -56,8 +56,8 @@ class Pass(NamedTuple):
     """A plan of a pass."""
 
     launch: Callable  # of (addresses, tensors, lambd, scale, stream): what the call brings, 0 and None for nothing
-    scratch: int  # bytes
-    saved: int = 0  # bytes
+    scratch: Memory
+    saved: Memory
 
 
 class Operations(NamedTuple):
@@ -104,8 +104,8 @@ class Passes:
             *(z_a.shape, dtype, z_a.stride(), z_b.stride(), a % VECTOR == 0, b % VECTOR == 0, device),
             *(_tf32(z_a, dtype), spec.route, spec.normalization, need_grad, every_term),
         )
-        scratch = empty(plan.scratch, dtype=torch.uint8)
-        saved = empty(plan.saved, dtype=torch.uint8) if need_grad else None
+        scratch = empty(plan.scratch.bytes, dtype=torch.uint8)
+        saved = empty(plan.saved.bytes, dtype=torch.uint8) if need_grad else None
         terms = tuple([empty((), dtype=torch.float32) for _ in range(3 if every_term else 1)])
         plan.launch(
             (a, b, saved.data_ptr() if need_grad else 0, scratch.data_ptr(), *[term.data_ptr() for term in terms]),
@@ -211,7 +211,7 @@ class Passes:
         x = self._ops.normalize(on, z_a, z_b, normalization, stats, hats)
         reduce = self._ops.gram if route == "gram" else self._ops.correlate
         reduce(on, x, terms, product)
-        return Pass(on.launches(), scratch.bytes, saved.bytes)
+        return Pass(on.launches(), scratch, saved)
 
     def _plan_backward(
         self,
@@ -234,9 +234,9 @@ class Passes:
     ) -> Pass:
         self._check(dtype)
         z_a, z_b = Array(Z_A, dtype, shape, a_strides, 0, a_aligned), Array(Z_B, dtype, shape, b_strides, 0, b_aligned)
-        scratch = Memory(SCRATCH)
+        saved, scratch = Memory(SAVED), Memory(SCRATCH)
         on = self._ops.recorder(device, scratch)
-        stats, hats, product = self._kept(Memory(SAVED), shape, dtype, route, normalization)
+        stats, hats, product = self._kept(saved, shape, dtype, route, normalization)
         g_terms = [
             None if missing else _scalar(slot, g_aligned)
             for slot, missing in ((LOSS, no_loss), (ON_DIAG, no_on), (OFF_DIAG, no_off))
@@ -247,7 +247,7 @@ class Passes:
         ]
         x = Normalized(z_a, z_b, normalization, hats, stats)
         self._ops.input_grad(on, x, product, route, g_terms, grads, shape[1])
-        return Pass(on.launches(), scratch.bytes)
+        return Pass(on.launches(), scratch, saved)
 
     def _check(self, dtype: torch.dtype) -> None:
         if dtype not in DTYPES:

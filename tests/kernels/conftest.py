@@ -11,6 +11,7 @@ import re
 
 import builds
 import cases
+import gaps
 import pytest
 import torch
 
@@ -105,6 +106,8 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
 
     module = request.getfixturevalue("module")
     module.emulate(int(request.param.removeprefix("sm_")), 8)
+    if kind(request.config) == "sanitized":
+        gaps.watch(monkeypatch)
     cuda_backend.use(module)
     yield cuda_backend
     cuda_backend.use(None)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+import gc
+import weakref
 
 import pytest
 import torch
 from cases import NORMALIZATIONS, ROUTES, answer, assert_close, error, oracle, similar_views, views, wide_oracle
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from barlow_fused import barlow_twins_loss
+from barlow_fused.backends import accelerator
 from barlow_fused.backends.operations import Spec
 from barlow_fused.backends.triton_kernels import configs
 from barlow_fused.normalization import CONVENTIONS
@@ -194,3 +198,93 @@ def test_nan_and_inf_reach_the_loss(fused, route, value):
     z_a, z_b = views(33, 100)
     z_a[3, 5] = value
     assert fused(route=route)(z_a, z_b).loss.isnan()
+
+
+class Operators(TorchDispatchMode):
+    """Names what PyTorch is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.__name__.partition(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_planned_call_asks_pytorch_for_memory_and_nothing_else(fused, kernels, route, monkeypatch):
+    """Forward what is saved, the rest, and the term; backward the gradients. Kernels: at most 3, and 2."""
+    z_a, z_b = (z.requires_grad_() for z in views(20, 60))
+    recorder, launches = kernels.OPERATIONS.recorder, []
+    launch = recorder.launch
+    monkeypatch.setattr(recorder, "launch", lambda self, *a, **k: launches.append(a) or launch(self, *a, **k))
+    loss = functools.partial(barlow_twins_loss, backend=kernels.OPERATIONS.name, route=route)
+    g = torch.ones(())
+    with Operators() as forward:
+        term = loss(z_a, z_b)
+    assert forward.names == ["new_empty"] * 3
+    assert len(launches) <= 3
+    launches.clear()
+    with Operators() as backward:
+        torch.autograd.grad(term, (z_a, z_b), g)
+    assert [name for name in backward.names if name not in ("detach", "view_as")] == ["empty_like"] * 2
+    assert len(launches) == (1 if route == "gram" or kernels.OPERATIONS.name == "cuda" else 2)
+    with torch.no_grad(), Operators() as without:
+        loss(z_a, z_b)
+    assert without.names == ["new_empty"] * 2
+
+
+def test_each_kind_of_call_is_planned_once(fused, kernels, monkeypatch):
+    """Other numbers and weights are no other kind; other shapes, strides, alignment, dtypes and needs are."""
+    n, d = 16, 40
+    loss = functools.partial(barlow_twins_loss, backend=kernels.OPERATIONS.name)
+    made = 0
+
+    def planned(z_a, z_b, needs=(True, True), **options) -> int:
+        """How many plans a call makes, forward and backward."""
+        nonlocal made
+        before, made = made, 0
+        z = [x.detach().requires_grad_(need) for x, need in zip((z_a, z_b), needs, strict=True)]
+        term = loss(*z, **options)
+        if any(needs):
+            (term if isinstance(term, torch.Tensor) else term.on_diag).backward()
+        made = kernels.planned()
+        return made - before
+
+    z_a, z_b = views(n, d)
+    odd = torch.empty(n * d + 1)[1:].view(n, d).copy_(z_a)  # begins at no multiple of 16 bytes
+    kernels.forget()
+    assert planned(z_a, z_b) == 2
+    assert planned(z_a + 1, z_b.clone(), lambd=0.1, scale=3.0) == 0
+    assert planned(z_b, z_a, normalization="batch_norm", eps=1e-5) == 0
+    for kind in (
+        {"z_a": z_a.T.contiguous().T, "z_b": z_b},
+        {"z_a": z_a, "z_b": z_b.T.contiguous().T},
+        {"z_a": odd, "z_b": z_b},
+        {"z_a": z_a[:-1], "z_b": z_b[:-1]},
+        {"z_a": z_a.half(), "z_b": z_b.half()},
+        {"z_a": z_a, "z_b": z_b, "route": "direct"},
+        {"z_a": z_a, "z_b": z_b, "normalization": "std"},
+        {"z_a": z_a, "z_b": z_b, "eps": 1e-3},
+        {"z_a": z_a, "z_b": z_b, "return_terms": True},
+    ):
+        assert planned(**kind) == 2, kind.keys()
+        assert planned(**kind) == 0, kind.keys()
+    assert planned(z_a, z_b, needs=(True, False)) == 1  # backward
+    assert planned(z_a, z_b, needs=(False, False)) == 1  # forward
+    monkeypatch.setattr(accelerator, "tf32", lambda: True)  # PyTorch's switch of precision
+    assert planned(z_a, z_b) == 2
+    assert planned(z_a, z_b) == 0
+    assert planned(z_a.half(), z_b.half()) == 0
+
+
+def test_plans_keep_no_tensor_alive(kernels):
+    """Nor is what a forward pass saves kept beyond its backward pass."""
+    z = [torch.randn(16, 40, requires_grad=True) for _ in range(2)]
+    term = barlow_twins_loss(*z, backend=kernels.OPERATIONS.name)
+    term.backward()
+    alive = [weakref.ref(x) for x in (*z, *(x.grad for x in z), term)]
+    del z, term
+    gc.collect()
+    assert [ref() for ref in alive] == [None] * 5
