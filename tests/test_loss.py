@@ -419,3 +419,25 @@ def test_public_names():
     for name in barlow_fused.__all__:
         assert hasattr(barlow_fused, name)
     assert {"barlow_twins_loss", "BarlowTwinsLoss", "cross_correlation", "plan"} <= set(barlow_fused.__all__)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_what_float32_cannot_hold_is_infinite(route):
+    """Not an error; gradients too come back."""
+    z_a, z_b = views(16, 100)
+    for normalization, factor, scale in (("none", 1e12, 1.0), ("batch_norm", 1.0, 1e38)):
+        a = (z_a * factor).requires_grad_()
+        loss = barlow_twins_loss(a, z_b * factor, normalization=normalization, scale=scale, route=route)
+        assert not loss.isfinite()
+        loss.backward()
+        assert a.grad.shape == a.shape
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("shape", [(16, 100), (70, 2048)])
+def test_results_are_where_the_inputs_are_whatever_the_default_device(route, shape):
+    z_a, z_b = views(*shape)
+    want = answer(functools.partial(barlow_twins_loss, route=route, return_terms=True), z_a, z_b)
+    with torch.device("meta"):
+        got = answer(functools.partial(barlow_twins_loss, route=route, return_terms=True), z_a, z_b)
+    assert all(error(x, y) < 1e-6 for x, y in zip(got, want, strict=True))

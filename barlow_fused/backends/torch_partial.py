@@ -150,8 +150,11 @@ class View:
     def kappa(self) -> Tensor:  # [S, D] or [S, 1]
         """The weight of the variance's part in the gradient (normalization.py), over w."""
         parts = zip(self.var, self.segments.counts, self.segments.weights, strict=True)
-        kappas = [torch.as_tensor(self.normalization.kappa(var, n) / w, dtype=self.dtype) for var, n, w in parts]
-        return torch.stack(kappas).reshape(len(kappas), -1).to(self.var.device)
+        kappas = [
+            torch.as_tensor(self.normalization.kappa(var, n) / w, dtype=self.dtype, device=var.device)
+            for var, n, w in parts
+        ]
+        return torch.stack(kappas).reshape(len(kappas), -1)
 
     @functools.cached_property
     def power(self) -> Tensor:  # [S, D]

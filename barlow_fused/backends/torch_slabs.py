@@ -265,7 +265,7 @@ def _terms(x: Normalized, off_diag: Tensor | float, lambd: float, scale: float) 
     terms = (scale * (on_diag + lambd * off_diag), on_diag, off_diag)
     if isinstance(on_diag, Tensor):
         return BarlowTwinsTerms(*(term.to(x.c.dtype) for term in terms))
-    return BarlowTwinsTerms(*(torch.scalar_tensor(term, dtype=x.c.dtype) for term in terms))
+    return BarlowTwinsTerms(*(_tensor(term, x.c) for term in terms))
 
 
 def input_grad(
@@ -385,6 +385,13 @@ def _direct_grad(
                 grad.copy_(p)
             del p  # before the next one is made
     return grads[0], grads[1]
+
+
+def _tensor(number: float, like: Tensor) -> Tensor:
+    """A 0-d tensor of ``like``'s dtype, infinite where that has no such number; on its device, whatever the default."""
+    if abs(number) > torch.finfo(like.dtype).max:
+        number = math.copysign(math.inf, number)
+    return torch.scalar_tensor(number, dtype=like.dtype, device=like.device)
 
 
 def _scalar(x: Tensor) -> Tensor | float:

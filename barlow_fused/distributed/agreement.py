@@ -68,7 +68,7 @@ def agree(z_a: Tensor, z_b: Tensor, options: Options, group: dist.ProcessGroup) 
         problem = error
     on_cpu = "cpu:" in dist.get_backend_config(group)
     device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
-    header = torch.tensor(own, dtype=torch.int64).to(device)
+    header = torch.tensor(own, dtype=torch.int64, device="cpu").to(device)
     headers = gather(header, group)
     if problem is not None:
         raise problem
