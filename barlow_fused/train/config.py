@@ -218,6 +218,8 @@ def resumed(flags: Mapping[str, Any], file: Path | None = None) -> Config:
     run = flags["resume"]
     if file:
         raise ConfigError(f"--config cannot be given with --resume, which reads {run / 'config.toml'}")
+    if not read_toml(run / "config.toml"):
+        raise ConfigError(f"{run / 'config.toml'} is empty: a run cannot be resumed without it")
     stored = {name: value for name, value in read_toml(run / "config.toml").items() if name not in ("resume", "init")}
     config = combine(stored, flags)
     for name in flags.keys() - MAY_CHANGE:

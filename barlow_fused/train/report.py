@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -12,6 +15,40 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from .evaluate import FEW, Accuracy
+
+
+class Output:
+    """A stream to print on, whose reader may leave (``train ... | head``): what comes after is dropped, which is said.
+
+    Training goes on; everything is in the run's folder.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._open = stream, True
+
+    def write(self, text: str) -> int:
+        """Returns how many characters were taken: all, also where nobody reads them."""
+        self._attempt(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Of the stream."""
+        self._attempt(self._stream.flush)
+
+    def _attempt(self, act: Callable[[], object]) -> None:
+        if not self._open:
+            return
+        try:
+            act()
+        except BrokenPipeError:
+            self._open = False
+            with contextlib.suppress(OSError, ValueError):  # or Python fails once more as it ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            print("Nobody reads what is printed any more; the run goes on.", file=sys.stderr)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
 
 LINES = 10  # in a log that is not a terminal
 

@@ -5,7 +5,9 @@ Read ``train`` for the run and ``fit`` for its loop.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import math
 import platform
@@ -13,7 +15,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -35,7 +37,7 @@ from .loader import Parts, batches
 from .model import BarlowTwins
 from .pictures import Snapshot
 from .processes import Processes
-from .report import Progress, print_gain
+from .report import Output, Progress, print_gain
 from .step import Stepper, autocast, criterion, to_device
 
 LOG_EVERY_STEP = 200  # runs of so many steps or fewer log each; longer ones every tenth
@@ -64,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     config = parse_args(argv)
     try:
-        train(config, Console())
+        train(config, Console(file=Output(sys.stdout)))
     except ConfigError as error:
         print(f"python -m barlow_fused train: error: {error}", file=sys.stderr)
         return 2
@@ -112,7 +114,7 @@ def train(config: Config, console: Console) -> None:
     monitor = Monitor(network, images, config, device, by)
     monitor.before, before = monitor.look(), monitor.accuracy()
     first = state["step"] if state else 0
-    with Log(config, first, by) as log:
+    with held(config.out, by), Log(config, first, by) as log:
         if before is not None and first == 0:
             log.write_knn(0, 0.0, before.knn_all)
         fit(network, images, state, monitor, log, config, console, device, by)
@@ -422,6 +424,27 @@ class Monitor:
         return views * std + mean
 
 
+@contextlib.contextmanager
+def held(run: Path, by: Processes) -> Iterator[None]:
+    """The run's folder belongs to these processes until the block ends, or they do.
+
+    Raises:
+        ConfigError: others train in it.
+    """
+    taken = False
+    with (run / ".lock").open("a") as file:
+        if by.first:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                taken = True
+            except OSError:  # a file system without locks
+                pass
+        if by.most(int(taken))[0]:
+            raise ConfigError(f"{run}: another process is training in this folder")
+        yield
+
+
 class Log:
     """metrics.jsonl, knn.jsonl and TensorBoard; on the first process only."""
 
@@ -496,11 +519,16 @@ class StopSignals:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file of JSON objects; the last one may have been cut off."""
+    """The entries of a file of JSON objects, a line each; lines that are damaged or were cut off are left out."""
     if not path.exists():
         return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    entries = []
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        with contextlib.suppress(ValueError):  # of text that is not UTF-8, too
+            entry = json.loads(line)
+            if isinstance(entry, dict) and isinstance(entry.get("step"), int):
+                entries.append(entry)
+    return entries
 
 
 def say(console: Console, text: str) -> None:

@@ -23,7 +23,7 @@ import train_processes
 from images import make_imagefolder
 from subprocesses import environment
 
-from barlow_fused.train import checkpoint, evaluate, loader, main, trainer
+from barlow_fused.train import checkpoint, evaluate, loader, main, processes, trainer
 from barlow_fused.train.config import combine
 
 TINY = ["--batch-size", "32", "--projector", "32-128", "--warmup-epochs", "1", "--device", "cpu"]
@@ -134,6 +134,50 @@ def test_a_run_that_is_killed_goes_on_with_the_same_bits(tmp_path):
     assert main([*flags, "--steps", str(reached + 5), "--out", str(whole)]) == 0
     assert_same_bits(last(run), last(whole))
     assert numbers(run) == numbers(whole)
+
+
+@pytest.mark.parametrize(
+    "junk", [b"\0" * 64 + b"\n", b"\xff\xfe garbage\n", b'{"step": 1, "lo\n', b"[1]\n", b'{"loss": 1}\n']
+)
+def test_damaged_lines_of_a_log_are_left_out(junk, tmp_path):
+    run = tmp_path / "run"
+    assert main([*TINY, "--data", "fake", "--steps", "2", "--out", str(run)]) == 0
+    for name in ("metrics.jsonl", "knn.jsonl"):
+        with (run / name).open("ab") as file:
+            file.write(junk)
+    assert main(["--resume", str(run), "--steps", "4"]) == 0
+    assert [entry["step"] for entry in trainer.read_jsonl(run / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert junk not in (run / "metrics.jsonl").read_bytes()
+
+
+def test_an_empty_configuration_is_a_sentence(tmp_path, capsys):
+    (tmp_path / "config.toml").write_text("")
+    with pytest.raises(SystemExit):
+        main(["--resume", str(tmp_path)])
+    assert "config.toml is empty: a run cannot be resumed without it" in capsys.readouterr().err
+
+
+def test_one_run_is_not_trained_twice_at_once(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main([*TINY, "--data", "fake", "--steps", "2", "--out", str(run)]) == 0
+    with trainer.held(run, processes.start("cpu")):
+        assert main(["--resume", str(run), "--steps", "4"]) == 2
+    assert "another process is training in this folder" in capsys.readouterr().err
+    assert main(["--resume", str(run), "--steps", "4"]) == 0
+
+
+def test_training_goes_on_when_nobody_reads(tmp_path):
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "barlow_fused", "train", *TINY, "--data", "fake", "--steps", "20"]
+    command += ["--knn-every", "0", "--out", str(run)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment())
+    with process:
+        process.stdout.readline()
+        process.stdout.close()
+        said = process.stderr.read().decode()
+    assert process.returncode == 0, said
+    assert said.count("Nobody reads what is printed any more; the run goes on.") == 1
+    assert last(run)["step"] == 20
 
 
 def test_ctrl_c_reaches_workers_too_and_still_writes_a_checkpoint(tmp_path):
