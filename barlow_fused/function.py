@@ -1,4 +1,4 @@
-"""The autograd function over a backend's four operations.
+"""The autograd function over a backend's two passes.
 
 ``apply`` is what the loss calls. The work itself, forward and backward, is also registered as two opaque operators
 (``torch.ops.barlow_fused.forward`` and ``.backward``), which ``torch.compile`` puts into its graph as they are: no

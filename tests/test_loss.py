@@ -212,6 +212,15 @@ def test_compile_without_graph_breaks(route, normalization):
     assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
 
 
+def test_compile_with_dynamic_shapes():
+    """Sizes, and the weights of a module, which dynamic=True makes symbols of."""
+    barlow = BarlowTwinsLoss(lambd=0.02, scale=0.3)
+    compiled = torch.compile(barlow, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n, d in ((20, 60), (21, 77)):
+        got, want = compiled(*views(n, d)), barlow(*views(n, d))
+        assert torch.equal(got, want)
+
+
 @inductor
 def test_compile_by_inductor_with_a_model_around():
     torch.manual_seed(0)

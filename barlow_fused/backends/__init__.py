@@ -1,6 +1,7 @@
 """The backends: who can run the four operations of the loss, and where.
 
-Each backend is a module with the four operations of operations.py.
+Each backend is a module with what operations.py asks for: the two passes of a call, or the operations that these are
+made of.
 
 A backend that also works over several processes has a second file, ``<name>_partial.py``, with what can be computed of
 one rank's part of a batch (``torch_partial.py`` says what that is).
@@ -26,7 +27,7 @@ BACKENDS = ("torch", "triton", "cuda", "reference")
 
 
 def load(name: str, device: torch.device) -> ModuleType:
-    """The module that implements the four operations for tensors on ``device``."""
+    """The module of a backend, for tensors on ``device``."""
     if name == "torch":
         return _module("torch_slabs" if device.type == "cpu" else "torch_whole")
     return _module(f"{name}_backend")
