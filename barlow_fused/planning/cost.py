@@ -41,9 +41,7 @@ class Cost:
     network: float = 0.0  # seconds, one collective after the other
     step: float = 0.0  # seconds: floor and network, as far as they do not overlap
     collectives: tuple = ()  # network.Collective, in their order
-    kernels: tuple[
-        tuple[str, float], ...
-    ] = ()  # seconds that each kernel should take, where that can be told (cuda.py)
+    kernels: tuple = ()  # (name, seconds) of each kernel, predicted where cuda.py can tell
 
 
 @dataclasses.dataclass(frozen=True)

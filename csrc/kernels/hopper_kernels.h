@@ -11,6 +11,8 @@ namespace barlow {
 // Blocks of a cluster that hold n rows of `groups` times 16 bytes; 0: not one size of cluster does.
 int hopper_normalize_parts(int n, int groups, int device);
 bool hopper_can_gram(const Gram&, int device);
+int hopper_partial_gram_clusters(int n, int device);  // at once; 0 where none fits, or few rows leave it idle
+bool hopper_can_partial_gram(const PartialGram&, int device);
 bool hopper_can_correlate(const Correlate&, int device);
 bool hopper_can_gram_grad(const InputGrad&, int device);
 bool hopper_can_direct_grad(const InputGrad&, int device);
@@ -23,6 +25,7 @@ struct NormalizeParams;  // normalize.h
 struct SlabLayout;
 void hopper_normalize(const NormalizeParams&, const SlabLayout&, Stream);
 void hopper_gram(const Gram&, Stream);
+void hopper_partial_gram(const PartialGram&, Stream);
 void hopper_correlate(const Correlate&, Stream);
 void hopper_gram_grad(const InputGrad&, Stream);
 void hopper_direct_grad(const InputGrad&, Stream);

@@ -8,6 +8,7 @@
 // gram cannot be used: it wants both views at once, where one should be multiplied while the other travels, and it
 // divides, shifts and rounds K, which must first be summed over the processes. What is left is the product.
 #include "blocks/multiply.h"
+#include "kernels/hopper_kernels.h"
 
 namespace barlow {
 namespace {
@@ -82,13 +83,17 @@ GramPlan plan_partial_gram(int n, int d, DType dtype, int device) {
   const int rows = ceil_div(n, plan.block), steps = ceil_div(d, dtype == DType::float32 ? 32 : 64);
   plan.tiles = rows * (rows + 1) / 2;
   // Slices fill the chip where tiles do not.
-  const int wanted = smaller(smaller(max_split, steps), ceil_div(device_info(device).multiprocessors, plan.tiles));
+  const int clusters = dtype == DType::float32 ? 0 : hopper_partial_gram_clusters(n, device);
+  const int squares = ceil_div(n, 256) * (ceil_div(n, 256) + 1) / 2;  // a cluster's tiles on Hopper
+  const int workers = clusters > 0 ? clusters : device_info(device).multiprocessors;
+  const int wanted = smaller(smaller(max_split, steps), ceil_div(workers, clusters > 0 ? squares : plan.tiles));
   plan.steps = ceil_div(steps, wanted);
   plan.split = ceil_div(steps, plan.steps);
   return plan;
 }
 
 void partial_gram(const PartialGram& p, Stream stream) {
+  if (hopper_can_partial_gram(p, stream.device)) return hopper_partial_gram(p, stream);
   switch (p.x.dtype) {
     case DType::bfloat16:
       return launch_partial_gram<HalfProduct<bfloat16>>(p, stream);

@@ -10,7 +10,7 @@ import torch
 from cases import ROUTES, answer, views
 
 from barlow_fused import barlow_twins_loss
-from barlow_fused.backends import accelerator, cuda_backend, why_unusable
+from barlow_fused.backends import accelerator, cuda_backend, cuda_partial, torch_partial, why_unusable
 from barlow_fused.backends.operations import Spec
 from barlow_fused.planning import cuda
 
@@ -146,6 +146,19 @@ def test_row_tiles_of_a_block(emulated, n, d, clusters, convention):
     got, ref = answer(loss, z_a, z_b), cases.oracle(z_a, z_b, cases.NORMALIZATIONS[convention])
     assert cases.error(got.grad_a, ref.grad_a) < 5e-3
     assert cases.error(got.grad_b, ref.grad_b) < 5e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("n", "d"), [(300, 500), (257, 129), (100, 300)])
+def test_panels_of_a_part_of_the_features(emulated, n, d, capability, dtype):
+    """partial_gram: K's lower triangle in panels, a slice of the features after the other."""
+    emulated(capability, 8)
+    x = views(n, d, dtype)[0]
+    exact = x.double() @ x.double().T
+    got = cuda_partial._gram_panels(x).sum(0)
+    for start, stop, panel in torch_partial.panels(got, n):
+        assert cases.error(panel, exact[start:stop, :stop]) < 1e-6
 
 
 def test_warm_up_touches_every_kernel(emulated):
