@@ -16,7 +16,7 @@ from .study import LOSSES
 from .tables import METRICS, Row, baselines_of, count, rows_of
 
 SHOWN = ("knn_few", "probe_few")
-COLOURS = {"lambda": "tab:green"}  # in both panels
+COLOURS = {"lambda": "tab:red"}  # in both panels
 KEYS = ("runs", "baselines", "costs")
 
 

@@ -19,6 +19,7 @@ METRICS = {
 }
 
 
+NOT_YET = "Not run yet."
 SAID = ("knn_few", "probe_few")  # in the findings
 NEARLY = 0.15  # two κ that differ less are compared
 
@@ -117,7 +118,7 @@ def table(recorded: dict[str, Any], experiment: str) -> str:
 
 def of(experiment: str) -> Callable[[dict[str, Any], str], str]:
     """The experiment's table, as a view of a document."""
-    return lambda recorded, name: table(recorded, experiment)
+    return lambda recorded, name: table(recorded, experiment) if len(rows_of(recorded, experiment)) > 1 else NOT_YET
 
 
 def cell(row: Row, field: str) -> str:
@@ -129,7 +130,7 @@ def cell(row: Row, field: str) -> str:
 def kappa_tables(recorded: dict[str, Any], name: str) -> str:
     """The sweeps over κ that were run, each under its width."""
     found = [d for d in KAPPA_WIDTHS if len(rows_of(recorded, f"kappa-{d}")) > 1]
-    return "\n\n".join(f"D = {d}:\n\n{table(recorded, f'kappa-{d}')}" for d in found)
+    return "\n\n".join(f"D = {d}:\n\n{table(recorded, f'kappa-{d}')}" for d in found) or NOT_YET
 
 
 def findings(recorded: dict[str, Any], name: str) -> str:

@@ -246,6 +246,7 @@ def test_every_view_of_the_guide_is_made_of_a_study(recorded, tmp_path):
     text = "\n".join(f"<!-- benchmarks: {view} width-digits -->\nOLD {view}\n<!-- /benchmarks -->" for view in views)
     fresh = readme.render(text, tmp_path)
     assert "OLD" not in fresh
+    assert fresh.count(tables.NOT_YET) == 2  # the hidden layer that grows, and N
     assert readme.render(fresh, tmp_path) == fresh
     assert readme.drawn(fresh) == [(view, "width-digits") for view in views if view in readme.PICTURES_OF]
     assert "(width-digits.png)" in fresh
