@@ -16,7 +16,7 @@ SHARING = (
     r"test_train_resume.*test_two_processes",
     r"test_train\.py::(?!test_two_steps)",
 )
-KINDS = ("compiled", "interpreter", "sanitized")
+KINDS = ("compiled", "interpreter", "sanitized", "races")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -29,7 +29,7 @@ namespace barlow {
 // The consumers' threads are the first of a block: thread() counts them.
 struct Consumers {
   static constexpr int threads = 256;
-  static BARLOW_DEVICE void barrier() { barrier_of<1, threads>(); }
+  static BARLOW_DEVICE void barrier(BARLOW_SITE) { barrier_of<1, threads>(BARLOW_AT_SITE); }
 };
 
 // What a block works on: `steps` tiles of k from k on, of the tile of P at (row, column).

@@ -30,10 +30,15 @@
 #ifdef BARLOW_EMULATION
 #define BARLOW_DEVICE inline
 #define BARLOW_HOST_DEVICE inline
+// What a function that calls a barrier takes and hands on: where it was called (emulation/sites.h).
+#define BARLOW_SITE Site site = Site::here()
+#define BARLOW_AT_SITE site
 #else
 #include <cuda_runtime.h>
 #define BARLOW_DEVICE __device__ __forceinline__
 #define BARLOW_HOST_DEVICE __host__ __device__ __forceinline__
+#define BARLOW_SITE
+#define BARLOW_AT_SITE
 #endif
 
 namespace barlow {
@@ -191,7 +196,7 @@ BARLOW_DEVICE int warp() { return thread() / 32; }
 template <int THREADS>
 struct WholeBlock {
   static constexpr int threads = THREADS;
-  static BARLOW_DEVICE void barrier() { barlow::barrier(); }
+  static BARLOW_DEVICE void barrier(BARLOW_SITE) { barlow::barrier(BARLOW_AT_SITE); }
 };
 
 // The sum over a warp, the same bits in every lane. STEP: only lanes that differ by a multiple of it are added.

@@ -84,7 +84,7 @@ def _belongs(item: pytest.Item, kind: str) -> bool:
 @pytest.fixture(scope="session")
 def module(request: pytest.FixtureRequest):
     """The CUDA kernels, compiled for the CPU."""
-    return builds.load(builds.emulated(sanitize=kind(request.config) == "sanitized"))
+    return builds.load(builds.emulated({"sanitized": "address", "races": "thread"}.get(kind(request.config), "OFF")))
 
 
 @pytest.fixture

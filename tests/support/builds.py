@@ -47,13 +47,12 @@ def cmake(folder: pathlib.Path, module: str, *options: str) -> pathlib.Path:
 
 
 @functools.cache
-def emulated(sanitize: bool = False) -> pathlib.Path:
-    """The module of kernels for the CPU."""
+def emulated(sanitize: str = "OFF") -> pathlib.Path:
+    """The module of kernels for the CPU. ``sanitize``: OFF, address or thread, as CMakeLists.txt says."""
     if tool("c++") is None:
         pytest.skip("needs a C++ compiler")
-    folder = ROOT / "build" / ("emulated-sanitized" if sanitize else "emulated")
-    sanitizers = f"-DBARLOW_SANITIZE={'ON' if sanitize else 'OFF'}"
-    return cmake(folder, "_cuda_emulated", "-DBARLOW_EMULATION=ON", sanitizers)
+    folder = ROOT / "build" / ("emulated" if sanitize == "OFF" else f"emulated-{sanitize}")
+    return cmake(folder, "_cuda_emulated", "-DBARLOW_EMULATION=ON", f"-DBARLOW_SANITIZE={sanitize}")
 
 
 def _is_newer(made: pathlib.Path) -> bool:

@@ -1,7 +1,7 @@
 // emulation/device.h: device.h's primitives on a CPU. Included by device.h alone.
 //
-// Each does what the PTX ISA says of the instruction, fragment by fragment. What hardware does later, copy_async, is
-// done as late as allowed: when somebody waits for it.
+// Each does what the PTX ISA says of the instruction, fragment by fragment, tells races.h what it orders, and can be left
+// out (sites.h). What hardware does later, copy_async, ends when schedule.h says, at the latest when somebody waits.
 #pragma once
 
 #include <cmath>
@@ -13,30 +13,33 @@ namespace barlow {
 
 // ---- Where a thread is ---------------------------------------------------------------------------------------------
 
-inline int thread() { return emulation::running()->current % emulation::running()->threads; }
-inline int block_id() { return emulation::running()->block + emulation::running()->rank(); }
-inline int grid_size() { return emulation::running()->blocks; }
-inline char* shared_memory() { return emulation::running()->shared[emulation::running()->rank()]; }
+BARLOW_UNWATCHED inline int thread() { return emulation::running()->current % emulation::running()->threads; }
+BARLOW_UNWATCHED inline int block_id() { return emulation::running()->block + emulation::running()->rank(); }
+BARLOW_UNWATCHED inline int grid_size() { return emulation::running()->blocks; }
+BARLOW_UNWATCHED inline char* shared_memory() { return emulation::running()->shared[emulation::running()->rank()]; }
 
 // ---- Threads that wait for each other, and talk ---------------------------------------------------------------------
 
-inline void barrier() {
-  emulation::meet(0, thread(), emulation::running()->threads, "barrier", nullptr, [](auto&) {});
+inline void barrier(Site site = Site::here()) {
+  if (emulation::dropped(site)) return;
+  emulation::meet(0, thread(), emulation::running()->threads, "barrier", emulation::Orders::memory, nullptr,
+                  [](auto&) {});
 }
 
 namespace emulation {
-// A collective operation of this thread's warp.
+// A collective operation of this thread's warp. Lanes that exchange values order nothing by it.
 template <class Argument, class Act>
-void warp_meet(const char* name, Argument& argument, Act act) {
-  meet(1 + thread() / 32, thread() % 32, 32, name, &argument, [&act](const std::vector<void*>& arguments) {
+void warp_meet(const char* name, Argument& argument, Act act, Orders orders = Orders::nothing) {
+  meet(1 + thread() / 32, thread() % 32, 32, name, orders, &argument, [&act](const std::vector<void*>& arguments) {
     act([&arguments](int lane) -> Argument& { return *static_cast<Argument*>(arguments[lane]); });
   });
 }
 }  // namespace emulation
 
-inline void warp_barrier() {
+inline void warp_barrier(Site site = Site::here()) {
+  if (emulation::dropped(site)) return;
   int nothing = 0;
-  emulation::warp_meet("warp_barrier", nothing, [](auto) {});
+  emulation::warp_meet("warp_barrier", nothing, [](auto) {}, emulation::Orders::memory);
 }
 
 template <class T>
@@ -51,23 +54,34 @@ T shuffle_xor(T x, int mask) {
   return mine.taken;
 }
 
-inline int draw_ticket(int* counter) { return (*counter)++; }  // blocks run one after the other
-inline void fence_device() {}
+inline int draw_ticket(int* counter, Site site = Site::here()) {
+  emulation::pause(2);
+  int ticket;
+  {
+    const emulation::races::Quiet quiet;
+    const bool acquires = !emulation::dropped(site, "acquire"), releases = !emulation::dropped(site, "release");
+    emulation::races::update(counter, sizeof(int));
+    emulation::races::ticket(counter, acquires, releases);
+    ticket = (*counter)++;
+  }
+  emulation::pause(2);
+  return ticket;
+}
 
 // ---- Numbers --------------------------------------------------------------------------------------------------------
 
-inline float bits_to_float(uint32_t x) {
+BARLOW_UNWATCHED inline float bits_to_float(uint32_t x) {
   float y;
   std::memcpy(&y, &x, 4);
   return y;
 }
-inline uint32_t float_to_bits(float x) {
+BARLOW_UNWATCHED inline uint32_t float_to_bits(float x) {
   uint32_t y;
   std::memcpy(&y, &x, 4);
   return y;
 }
-inline float to_float(bfloat16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
-inline float to_float(float16 x) {
+BARLOW_UNWATCHED inline float to_float(bfloat16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
+BARLOW_UNWATCHED inline float to_float(float16 x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
   const uint32_t exponent = (x.bits >> 10) & 31, fraction = x.bits & 0x3ff;
   if (exponent == 31) return bits_to_float(sign | 0x7f800000 | fraction << 13);
@@ -129,21 +143,28 @@ inline void copy_async(void* to, const void* from, int bytes) {
   if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || (bytes > 0 && reinterpret_cast<uintptr_t>(from) % 16 != 0)) {
     emulation::fail("copy_async between addresses that are not aligned");
   }
-  emulation::running()->fibers[emulation::running()->current].copies.push_back([=] {
+  const emulation::races::Quiet quiet;
+  emulation::races::copy(to, from, bytes);
+  emulation::running()->fibers[emulation::running()->current].copies.push_back(emulation::start([=] {
     std::memcpy(to, from, bytes);
     std::memset(static_cast<char*>(to) + bytes, 0, 16 - bytes);
-  });
+  }));
 }
 inline void copy_async_commit() {
+  const emulation::races::Quiet quiet;
+  emulation::races::commit_copies();
   auto& fiber = emulation::running()->fibers[emulation::running()->current];
   fiber.groups.push_back(std::move(fiber.copies));
   fiber.copies.clear();
 }
 template <int PENDING>
-void copy_async_wait() {
+void copy_async_wait(Site site = Site::here()) {
+  if (emulation::dropped(site)) return;
+  const emulation::races::Quiet quiet;
+  emulation::races::wait_copies(PENDING);
   auto& groups = emulation::running()->fibers[emulation::running()->current].groups;
   while (groups.size() > PENDING) {
-    for (auto& copy : groups.front()) copy();
+    for (const auto& copy : groups.front()) copy->finish();
     groups.erase(groups.begin());
   }
 }
@@ -158,7 +179,8 @@ inline void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
     bool transposed;
   } mine{static_cast<const char*>(row), &r, transposed};
   if (reinterpret_cast<uintptr_t>(row) % 16 != 0) fail("load_matrices from a row that is not aligned");
-  warp_meet("load_matrices", mine, [](auto lane) {
+  races::read(row, 16);
+  warp_meet("load_matrices", mine, [](auto lane) BARLOW_UNWATCHED {
     for (int m = 0; m < 4; ++m) {
       uint16_t matrix[8][8];
       for (int i = 0; i < 8; ++i) std::memcpy(matrix[i], lane(8 * m + i).row, 16);
@@ -178,22 +200,28 @@ inline void load_matrices(uint32_t (&r)[4], const void* row, bool transposed) {
 template <class T>
 struct Fragment {
   static constexpr int k = 16;
-  static float a(const uint32_t (&r)[4][32], int m, int kk) {
+  BARLOW_UNWATCHED static float a(const uint32_t (&r)[4][32], int m, int kk) {
     return half(r[(m >= 8) + 2 * (kk >= 8)][m % 8 * 4 + kk % 8 / 2], kk);
   }
-  static float b(const uint32_t (&r)[2][32], int kk, int n) { return half(r[kk >= 8][n * 4 + kk % 8 / 2], kk); }
-  static float half(uint32_t both, int kk) {
+  BARLOW_UNWATCHED static float b(const uint32_t (&r)[2][32], int kk, int n) {
+    return half(r[kk >= 8][n * 4 + kk % 8 / 2], kk);
+  }
+  BARLOW_UNWATCHED static float half(uint32_t both, int kk) {
     return to_float(T{static_cast<uint16_t>(kk % 2 ? both >> 16 : both & 0xffff)});
   }
 };
 template <>
 struct Fragment<float> {
   static constexpr int k = 8;
-  static float a(const uint32_t (&r)[4][32], int m, int kk) {
+  BARLOW_UNWATCHED static float a(const uint32_t (&r)[4][32], int m, int kk) {
     return tf32(r[(m >= 8) + 2 * (kk >= 4)][m % 8 * 4 + kk % 4]);
   }
-  static float b(const uint32_t (&r)[2][32], int kk, int n) { return tf32(r[kk >= 4][n * 4 + kk % 4]); }
-  static float tf32(uint32_t bits) { return bits_to_float(bits & 0xffffe000); }  // the others are not looked at
+  BARLOW_UNWATCHED static float b(const uint32_t (&r)[2][32], int kk, int n) {
+    return tf32(r[kk >= 4][n * 4 + kk % 4]);
+  }
+  BARLOW_UNWATCHED static float tf32(uint32_t bits) {
+    return bits_to_float(bits & 0xffffe000);
+  }  // the others are not looked at
 };
 }  // namespace emulation
 
@@ -207,7 +235,7 @@ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     const uint32_t (*a)[4];
     const uint32_t (*b)[2];
   } mine{&d, &a, &b};
-  emulation::warp_meet("mma", mine, [](auto lane) {
+  emulation::warp_meet("mma", mine, [](auto lane) BARLOW_UNWATCHED {
     using Fragment = emulation::Fragment<T>;
     uint32_t a_words[4][32], b_words[2][32];
     for (int l = 0; l < 32; ++l) {
@@ -252,6 +280,13 @@ struct RelaxedCapture {
   ~RelaxedCapture() {}
 };
 
+namespace emulation {
+template <class Kernel>
+Entry entry_of(const typename Kernel::Params& params) {
+  return {[](const void* p) { Kernel::run(*static_cast<const typename Kernel::Params*>(p)); }, &params, sizeof(params)};
+}
+}  // namespace emulation
+
 template <class Kernel>
 void prepare(int) {}
 
@@ -260,9 +295,7 @@ void launch(int64_t blocks, int shared_bytes, Stream, const typename Kernel::Par
   (void)&Listing<Kernel, false, prepare<Kernel>>::done;
   const auto what = [=] { return launch_name(Kernel::name, n, d); };
   check_launch(what, n, d, blocks, shared_bytes, device_info(0).shared_bytes);
-  emulation::run_blocks(
-      blocks, Kernel::threads, shared_bytes,
-      [](const void* p) { Kernel::run(*static_cast<const typename Kernel::Params*>(p)); }, &params, what());
+  emulation::run_blocks(blocks, Kernel::threads, shared_bytes, emulation::entry_of<Kernel>(params), what());
 }
 
 }  // namespace barlow

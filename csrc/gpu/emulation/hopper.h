@@ -1,8 +1,8 @@
 // emulation/hopper.h: hopper.h's primitives on a CPU. Included by hopper.h alone.
 //
-// What the hardware does by itself is done as late as allowed: a box is copied when somebody waits at its mbarrier, a
-// wgmma reads and writes when its warpgroup waits for it. So who does not wait sees it. A stage that is filled too
-// early shows with BARLOW_EMULATION_COPIES=early, which copies boxes at once.
+// What the hardware does by itself ends when schedule.h says: at once, at random, or as late as allowed, a box when
+// somebody waits at its mbarrier, a wgmma when its warpgroup waits for it. For races.h the TMA and wgmma are actors of
+// their own, between issue and wait, and see memory through the async proxy.
 //
 // A shared memory address is an offset from the block's first byte, which is 1024-byte aligned.
 #pragma once
@@ -17,13 +17,20 @@ struct BytesBarrier {
   int arrivals = 0, missing = 0;
   int64_t bytes = 0;  // expected less arrived
   int64_t phase = 0;
-  std::vector<Deferred> copies;  // not yet done
+  std::vector<Deferred> copies;  // perhaps not yet done
+  int channel = 0;               // of the copies, which are numbered by phases
+  races::Mailbox arrived, done;  // in this phase, and up to the last one
+  int initialised_by = 0;        // fiber
+  bool fenced = false;           // the TMA and the cluster see that
 };
 
 struct Warpgroup {
   bool fenced = false;
+  Deferred last;                              // product: they end in order
   std::vector<Deferred> products;             // since the last commit
   std::vector<std::vector<Deferred>> groups;  // committed, not yet waited for
+  int channel = races::new_channel();
+  uint32_t committed = 0;
 };
 
 struct Hopper {
@@ -59,15 +66,11 @@ inline void end_phase_if_complete(BytesBarrier& barrier) {
   if (barrier.missing < 0) fail("more arrivals at an mbarrier than it expects");
   if (barrier.missing > 0 || barrier.bytes != 0) return;
   barrier.missing = barrier.arrivals;
+  barrier.done = barrier.arrived;
   ++barrier.phase;
 }
 
-inline bool early() {
-  const char* copies = std::getenv("BARLOW_EMULATION_COPIES");
-  return copies != nullptr && std::strcmp(copies, "early") == 0;
-}
-
-inline uint32_t swizzled(uint32_t address) { return address ^ ((address >> 7 & 7) << 4); }
+BARLOW_UNWATCHED inline uint32_t swizzled(uint32_t address) { return address ^ ((address >> 7 & 7) << 4); }
 
 }  // namespace emulation
 
@@ -81,40 +84,76 @@ inline uint32_t shared_address(const void* p) {
 // ---- Barriers in shared memory --------------------------------------------------------------------------------------
 
 inline void mbarrier_init(uint64_t* barrier, int arrivals) {
+  const emulation::races::Quiet quiet;
   if (reinterpret_cast<uintptr_t>(barrier) % 8 != 0) emulation::fail("an mbarrier that is not aligned");
+  emulation::races::write(barrier, 8);
   std::memcpy(barrier, &emulation::barrier_mark, 8);
   emulation::BytesBarrier fresh;
   fresh.arrivals = fresh.missing = arrivals;
+  fresh.channel = emulation::races::new_channel();
+  fresh.initialised_by = emulation::running()->current;
   emulation::hopper().barriers[{cluster_rank(), shared_address(barrier)}] = fresh;
 }
-inline void mbarrier_fence_init() {}
-inline void mbarrier_arrive_expect(uint64_t* barrier, int bytes) {
-  emulation::BytesBarrier& b = emulation::barrier_at(cluster_rank(), shared_address(barrier));
+inline void mbarrier_fence_init(Site site = Site::here()) {
+  const emulation::races::Quiet quiet;
+  if (emulation::dropped(site)) return;
+  for (auto& [at, barrier] : emulation::hopper().barriers) {
+    barrier.fenced |= barrier.initialised_by == emulation::running()->current;
+  }
+}
+
+namespace emulation {
+// An arrival of this thread at a barrier of block `rank`, by which those who wait learn what it did. scope: how far its
+// release reaches; a remote arrival of own_block says only that this thread is done with what it read.
+inline void arrive(uint64_t* barrier, int rank, int bytes, races::Scope scope) {
+  pause(8);
+  const races::Quiet quiet;
+  if (rank >= running()->cluster) fail("no such block in this cluster");
+  BytesBarrier& b = barrier_at(rank, shared_address(barrier));
+  const bool remote = rank != cluster_rank();
+  if (remote && !b.fenced) fail("an arrival at another block's mbarrier without mbarrier_fence_init");
+  races::update(shared_at(rank, shared_address(barrier), 8), 8);
+  b.arrived.leave(scope, remote);
   b.bytes += bytes;
   --b.missing;
-  emulation::end_phase_if_complete(b);
+  end_phase_if_complete(b);
 }
-inline void mbarrier_arrive(uint64_t* barrier, int rank) {
-  if (rank >= emulation::running()->cluster) emulation::fail("no such block in this cluster");
-  emulation::BytesBarrier& b = emulation::barrier_at(rank, shared_address(barrier));
-  --b.missing;
-  emulation::end_phase_if_complete(b);
-}
-inline void mbarrier_wait(uint64_t* barrier, int phase) {
-  emulation::BytesBarrier& b = emulation::barrier_at(cluster_rank(), shared_address(barrier));
-  emulation::wait_until("mbarrier_wait", [&b, phase] {
-    if (b.phase % 2 == phase) {
-      const std::vector<emulation::Deferred> copies = std::move(b.copies);
+inline void wait(uint64_t* barrier, int phase, races::Scope scope) {
+  pause(8);
+  const races::Quiet quiet;
+  BytesBarrier& b = barrier_at(cluster_rank(), shared_address(barrier));
+  races::update(barrier, 8);
+  wait_until("mbarrier_wait", [&b, phase] {
+    if (b.phase % 2 == phase && !schedule().seeded) {
+      const std::vector<Deferred> copies = std::move(b.copies);
       b.copies.clear();
-      for (const auto& copy : copies) copy();
+      for (const auto& copy : copies) copy->finish();
     }
     return b.phase % 2 != phase;
   });
+  b.done.take(scope);
+  races::wait_channel(b.channel, static_cast<uint32_t>(b.phase));
 }
+}  // namespace emulation
 
+inline void mbarrier_arrive_expect(uint64_t* barrier, int bytes) {
+  emulation::arrive(barrier, cluster_rank(), bytes, emulation::races::own_block);
+}
+inline void mbarrier_arrive(uint64_t* barrier, int rank) {
+  emulation::arrive(barrier, rank, 0, emulation::races::own_block);
+}
 inline void mbarrier_arrive(uint64_t* barrier) { mbarrier_arrive(barrier, cluster_rank()); }
-inline void mbarrier_arrive_cluster(uint64_t* barrier, int rank) { mbarrier_arrive(barrier, rank); }
-inline void mbarrier_wait_cluster(uint64_t* barrier, int phase) { mbarrier_wait(barrier, phase); }
+inline void mbarrier_arrive_cluster(uint64_t* barrier, int rank) {
+  emulation::arrive(barrier, rank, 0, emulation::races::whole_cluster);
+}
+inline void mbarrier_wait(uint64_t* barrier, int phase, Site site = Site::here()) {
+  if (emulation::dropped(site)) return;
+  emulation::wait(barrier, phase, emulation::races::own_block);
+}
+inline void mbarrier_wait_cluster(uint64_t* barrier, int phase, Site site = Site::here()) {
+  if (emulation::dropped(site)) return;
+  emulation::wait(barrier, phase, emulation::races::whole_cluster);
+}
 
 // ---- The tensor memory accelerator ----------------------------------------------------------------------------------
 
@@ -129,8 +168,17 @@ inline void copy_box(int rank, uint32_t to, const TensorMap& map, int row, int c
   if (map.data == nullptr) fail("a copy with a tensor map that nobody made");
   if (to % 128 != 0) fail("a box at an address that is not aligned");
   BytesBarrier& barrier = barrier_at(rank, at);
-  shared_at(rank, to, map.box_rows * 128);
-  const auto copy = [=, &barrier] {
+  if (!barrier.fenced) fail("a copy that reports to an mbarrier without mbarrier_fence_init");
+  char* const box = shared_at(rank, to, map.box_rows * 128);
+  const uint32_t phase = static_cast<uint32_t>(barrier.phase) + 1;
+  for (int r = smaller(map.box_rows, map.rows - row) - 1; r >= larger(0, -row); --r) {
+    const int first = larger(0, column), last = smaller(column + box_columns, map.columns);
+    if (first < last) {
+      races::engine_read(map.data + (row + r) * map.row_bytes + first * 2, (last - first) * 2, barrier.channel, phase);
+    }
+  }
+  races::engine_write(box, map.box_rows * 128, barrier.channel, phase);
+  const Deferred copy = start([=, &barrier] {
     for (int r = 0; r < map.box_rows; ++r) {
       for (int c = 0; c < box_columns; ++c) {
         const bool inside = row + r >= 0 && row + r < map.rows && column + c >= 0 && column + c < map.columns;
@@ -141,27 +189,34 @@ inline void copy_box(int rank, uint32_t to, const TensorMap& map, int row, int c
     }
     barrier.bytes -= map.box_rows * 128;
     end_phase_if_complete(barrier);
-  };
-  if (early()) {
-    copy();
-  } else {
+  });
+  if (schedule().early) {
+    copy->finish();
+  } else if (!schedule().seeded) {
     barrier.copies.push_back(copy);
   }
 }
 }  // namespace emulation
 
 inline void copy_box(void* to, const TensorMap& map, int row, int column, uint64_t* barrier) {
+  emulation::pause(8);
+  const emulation::races::Quiet quiet;
   emulation::copy_box(cluster_rank(), shared_address(to), map, row, column, shared_address(barrier));
 }
 template <int BLOCKS>
 void copy_box_to_all(void* to, const TensorMap& map, int row, int column, uint64_t* barrier) {
+  emulation::pause(8);
+  const emulation::races::Quiet quiet;
   if (BLOCKS > emulation::running()->cluster) emulation::fail("more blocks than the cluster has");
   for (int rank = 0; rank < BLOCKS; ++rank) {
     emulation::copy_box(rank, shared_address(to), map, row, column, shared_address(barrier));
   }
 }
 
-inline void async_fence() {}
+inline void async_fence(Site site = Site::here()) {
+  if (emulation::dropped(site)) return;
+  emulation::races::fence_async();
+}
 
 // ---- Warpgroups -----------------------------------------------------------------------------------------------------
 
@@ -169,9 +224,10 @@ namespace emulation {
 // A collective operation of this thread's warpgroup.
 template <class Argument, class Act>
 void warpgroup_meet(const char* name, Argument& argument, Act act) {
-  meet(64 + thread() / 128, thread() % 128, 128, name, &argument, [&act](const std::vector<void*>& arguments) {
-    act([&arguments](int t) -> Argument& { return *static_cast<Argument*>(arguments[t]); });
-  });
+  meet(64 + thread() / 128, thread() % 128, 128, name, Orders::nothing, &argument,
+       [&act](const std::vector<void*>& arguments) {
+         act([&arguments](int t) -> Argument& { return *static_cast<Argument*>(arguments[t]); });
+       });
 }
 
 // The numbers of a factor, [size, 16], from where its descriptor says they are: CUTLASS's canonical layouts in
@@ -179,26 +235,45 @@ void warpgroup_meet(const char* name, Argument& argument, Act act) {
 //
 //     k-major    Swizzle<3,4,3> o ((8, m), (8, 2)) : ((64, stride), (1, 8))
 //     mn-major   Swizzle<3,4,3> o ((8, 8, m), (8, k)) : ((1, 8, leading), (64, stride))
-template <class T>
-void read_factor(std::vector<float>& x, uint64_t descriptor, bool k_major, int size) {
-  if (descriptor >> 62 != 1) fail("a wgmma descriptor without 128-byte swizzle");
-  if ((descriptor >> 49 & 7) != 0) fail("a wgmma descriptor with a base offset");
-  const uint32_t start = (descriptor & 0x3fff) << 4;
-  const uint32_t leading = (descriptor >> 16 & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
-  x.resize(size * 16);
-  for (int i = 0; i < size; ++i) {
-    for (int k = 0; k < 16; ++k) {
-      const uint32_t address = k_major ? start + i % 8 * 128 + i / 8 * stride + k * 2
-                                       : start + i % 64 * 2 + i / 64 * leading + k % 8 * 128 + k / 8 * stride;
-      T number;
-      std::memcpy(&number, shared_at(running()->rank(), swizzled(address), 2), 2);
-      x[i * 16 + k] = to_float(number);
+struct Factor {
+  uint64_t descriptor;
+  bool k_major;
+
+  void check() const {
+    if (descriptor >> 62 != 1) fail("a wgmma descriptor without 128-byte swizzle");
+    if ((descriptor >> 49 & 7) != 0) fail("a wgmma descriptor with a base offset");
+  }
+  BARLOW_UNWATCHED uint32_t address(int i, int k) const {
+    const uint32_t start = (descriptor & 0x3fff) << 4;
+    const uint32_t leading = (descriptor >> 16 & 0x3fff) << 4, stride = (descriptor >> 32 & 0x3fff) << 4;
+    return swizzled(k_major ? start + i % 8 * 128 + i / 8 * stride + k * 2
+                            : start + i % 64 * 2 + i / 64 * leading + k % 8 * 128 + k / 8 * stride);
+  }
+  template <class T>
+  BARLOW_UNWATCHED void read(std::vector<float>& x, int size) const {
+    x.resize(size * 16);
+    for (int i = 0; i < size; ++i) {
+      for (int k = 0; k < 16; ++k) {
+        T number;
+        std::memcpy(&number, shared_at(running()->rank(), address(i, k), 2), 2);
+        x[i * 16 + k] = to_float(number);
+      }
     }
   }
-}
+  // Tells of the reading of numbers first .. first + size - 1, eight neighbours at a time.
+  void read_by_engine(int first, int size, int channel, uint32_t group) const {
+    const int next_i = k_major ? 1 : 8, next_k = k_major ? 8 : 1;
+    for (int i = first; i < first + size; i += next_i) {
+      for (int k = 0; k < 16; k += next_k) {
+        races::engine_read(shared_at(running()->rank(), address(i, k), 16), 16, channel, group);
+      }
+    }
+  }
+};
 }  // namespace emulation
 
-inline void wgmma_fence() {
+inline void wgmma_fence(Site site = Site::here()) {
+  if (emulation::dropped(site)) return;
   int nothing = 0;
   emulation::warpgroup_meet("wgmma_fence", nothing, [](auto) { emulation::warpgroup().fenced = true; });
 }
@@ -209,18 +284,23 @@ inline void wgmma_commit() {
     w.groups.push_back(std::move(w.products));
     w.products.clear();
     w.fenced = false;
+    ++w.committed;
   });
 }
 template <int PENDING>
-void wgmma_wait() {
+void wgmma_wait(Site site = Site::here()) {
+  if (emulation::dropped(site)) return;
   int nothing = 0;
   emulation::warpgroup_meet("wgmma_wait", nothing, [](auto) {
     auto& groups = emulation::warpgroup().groups;
     while (groups.size() > PENDING) {
-      for (auto& product : groups.front()) product();
+      for (const auto& product : groups.front()) product->finish();
       groups.erase(groups.begin());
     }
   });
+  const emulation::races::Quiet quiet;
+  const emulation::Warpgroup& w = emulation::warpgroup();
+  if (w.committed > PENDING) emulation::races::wait_channel(w.channel, w.committed - PENDING);
 }
 template <int COUNT>
 void pin_registers(float (&)[COUNT][4]) {}
@@ -233,6 +313,8 @@ struct Wgmma {
     bool add;
   };
   static void run(float (&d)[N / 8][4], uint64_t a, uint64_t b, bool add) {
+    emulation::pause(8);
+    tell(d, {a, A_K_MAJOR}, {b, B_K_MAJOR});
     Thread mine{d, a, b, add};
     emulation::warpgroup_meet("wgmma", mine, [](auto thread) {
       std::vector<Thread> threads;
@@ -244,21 +326,48 @@ struct Wgmma {
       }
       emulation::Warpgroup& w = emulation::warpgroup();
       if (!w.fenced) emulation::fail("wgmma without wgmma_fence before");
-      w.products.push_back([threads] {
-        static std::vector<float> a, b;
-        emulation::read_factor<T>(a, threads[0].a, A_K_MAJOR, 64);
-        emulation::read_factor<T>(b, threads[0].b, B_K_MAJOR, N);
-        for (int m = 0; m < 64; ++m) {
-          for (int n = 0; n < N; ++n) {
-            double sum = 0;
-            for (int k = 0; k < 16; ++k) sum += static_cast<double>(a[m * 16 + k]) * b[n * 16 + k];
-            const Thread& to = threads[m / 16 * 32 + m % 8 * 4 + n % 8 / 2];
-            float& x = to.d[n / 8][m % 16 / 8 * 2 + n % 2];
-            x = static_cast<float>(to.add ? x + sum : sum);
-          }
-        }
+      const emulation::Deferred before = w.last;
+      const int first = emulation::running()->current;
+      w.last = emulation::start([threads, before, first] {
+        if (before != nullptr) before->finish();
+        multiply(threads, first);
       });
+      w.products.push_back(w.last);
     });
+  }
+
+ private:
+  // What a wgmma reads and whose registers it takes: each warp its 16 rows of a and all of b. One lane tells, another one
+  // each time, since all must have waited.
+  static void tell(float (&d)[N / 8][4], const emulation::Factor& a, const emulation::Factor& b) {
+    const emulation::races::Quiet quiet;
+    a.check();
+    b.check();
+    const emulation::Warpgroup& w = emulation::warpgroup();
+    const uint32_t group = w.committed + 1;
+    emulation::races::lend_registers(d, sizeof(d), w.channel, group);
+    if (thread() % 32 != static_cast<int>(w.products.size() * 5 + group) % 32) return;
+    a.read_by_engine(thread() % 128 / 32 * 16, 16, w.channel, group);
+    b.read_by_engine(0, N, w.channel, group);
+  }
+
+  BARLOW_UNWATCHED static void multiply(const std::vector<Thread>& threads, int fiber) {
+    static std::vector<float> a, b;
+    emulation::Block& block = *emulation::running();
+    const int before = block.current;
+    block.current = fiber;  // its block's memory
+    emulation::Factor{threads[0].a, A_K_MAJOR}.template read<T>(a, 64);
+    emulation::Factor{threads[0].b, B_K_MAJOR}.template read<T>(b, N);
+    block.current = before;
+    for (int m = 0; m < 64; ++m) {
+      for (int n = 0; n < N; ++n) {
+        double sum = 0;
+        for (int k = 0; k < 16; ++k) sum += static_cast<double>(a[m * 16 + k]) * b[n * 16 + k];
+        const Thread& to = threads[m / 16 * 32 + m % 8 * 4 + n % 8 / 2];
+        float& x = to.d[n / 8][m % 16 / 8 * 2 + n % 2];
+        x = static_cast<float>(to.add ? x + sum : sum);
+      }
+    }
   }
 };
 
@@ -268,19 +377,23 @@ template <int COUNT>
 void more_registers() {}
 
 template <int ID, int THREADS>
-void barrier_of() {
-  emulation::meet(96 + ID, thread(), THREADS, "barrier_of", nullptr, [](auto&) {});
+void barrier_of(Site site = Site::here()) {
+  if (emulation::dropped(site)) return;
+  emulation::meet(96 + ID, thread(), THREADS, "barrier_of", emulation::Orders::memory, nullptr, [](auto&) {});
 }
 
 // ---- Clusters -------------------------------------------------------------------------------------------------------
 
-inline void cluster_barrier() {
+inline void cluster_barrier(Site site = Site::here()) {
+  if (emulation::dropped(site)) return;
   emulation::Block& block = *emulation::running();
   emulation::meet((block.cluster - block.rank()) * emulation::Block::block_meetings, block.current,
-                  block.cluster * block.threads, "cluster_barrier", nullptr, [](auto&) {});
+                  block.cluster * block.threads, "cluster_barrier", emulation::Orders::memory, nullptr, [](auto&) {});
 }
 template <class V>
 V load_from_block(const V* p, int rank) {
+  const emulation::races::Quiet quiet;
+  emulation::races::read(emulation::shared_at(rank, shared_address(p), sizeof(V)), sizeof(V));
   V x;
   std::memcpy(static_cast<void*>(&x), emulation::shared_at(rank, shared_address(p), sizeof(V)), sizeof(V));
   return x;
@@ -318,10 +431,8 @@ void launch_clusters(int64_t clusters, Stream, const typename Kernel::Params& pa
   if (most < 1) throw std::runtime_error(what() + ": no cluster fits on this device");
   const int64_t blocks = (Kernel::persistent ? smaller<int64_t>(clusters, most) : clusters) * Kernel::cluster;
   check_launch(what, n, d, blocks, Kernel::shared_bytes, device_info(0).shared_bytes);
-  emulation::run_blocks(
-      blocks, Kernel::threads, Kernel::shared_bytes,
-      [](const void* p) { Kernel::run(*static_cast<const typename Kernel::Params*>(p)); }, &params, what(),
-      Kernel::cluster);
+  emulation::run_blocks(blocks, Kernel::threads, Kernel::shared_bytes, emulation::entry_of<Kernel>(params), what(),
+                        Kernel::cluster);
 }
 
 }  // namespace barlow
