@@ -218,6 +218,14 @@ PYBIND11_MODULE(BARLOW_MODULE, module) {
       },
       py::arg("capability"), py::arg("multiprocessors"), py::arg("shared_bytes") = DeviceInfo().shared_bytes,
       py::arg("clusters") = std::map<int, int>());
+  module.def("watch", emulation::races::watch);  // whether launches are searched for races, where built for that
+  module.def("reached_sites", [] {               // "blocks/reduce.h:21", where threads were ordered since the last call
+    py::set sites;
+    for (const auto& [file, line] : emulation::reached_sites()) sites.add(file + ":" + std::to_string(line));
+    emulation::reached_sites().clear();
+    emulation::drop().last_file = nullptr;
+    return sites;
+  });
 #else
   module.attr("emulated") = false;
   module.attr("cuda_version") = BARLOW_CUDA_VERSION;    // of nvcc and of the runtime library inside, "13.0.88"

@@ -71,6 +71,8 @@ struct Fiber {
   void* fake_stack = nullptr;
   bool started = false, ended = false;
   const char* waits_for = "";
+  bool (*is_ready)(void*) = nullptr;  // what it waits for, asked without switching to it
+  void* ready = nullptr;
   std::vector<Deferred> copies;               // cp.async since the last commit
   std::vector<std::vector<Deferred>> groups;  // committed, not yet waited for
 };
@@ -149,12 +151,13 @@ inline void pause(uint32_t one_in) {
 template <class Ready>
 void wait_until(const char* what, Ready ready) {
   const races::Quiet quiet;
+  if (ready()) return;
   Fiber& fiber = running()->fibers[running()->current];
-  while (!ready()) {
-    fiber.waits_for = what;
-    yield();
-  }
-  fiber.waits_for = "";
+  fiber.waits_for = what;
+  fiber.is_ready = [](void* asked) { return (*static_cast<Ready*>(asked))(); };
+  fiber.ready = &ready;
+  yield();
+  fiber.is_ready = nullptr;
 }
 
 // Whether a meeting orders what its members do before and after it.
@@ -208,11 +211,7 @@ inline bool finish_some(Block& block) {
     block.under_way.pop_back();
     if (work->done) continue;
     ++block.progress;
-    try {
-      work->finish();
-    } catch (const std::exception& error) {
-      block.error = error.what();
-    }
+    work->finish();
     return true;
   }
   return false;
@@ -289,11 +288,19 @@ inline std::unique_ptr<Block> begin_cluster(int64_t first, int64_t blocks, int t
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, fiber_main, 0);
     fiber.started = fiber.ended = false;
+    fiber.is_ready = nullptr;
     fiber.fake_stack = nullptr;
     fiber.copies.clear();
     fiber.groups.clear();
   }
   return made;
+}
+
+// Lets the fiber run if it can.
+inline void resume_if_ready(Block& block, int thread) {
+  Fiber& fiber = block.fibers[thread];
+  block.current = thread;
+  if (fiber.is_ready == nullptr || fiber.is_ready(fiber.ready)) resume(block, thread);
 }
 
 // One turn of a cluster's threads. Returns whether any is left.
@@ -319,7 +326,7 @@ inline bool take_turns(Block& block) {
     for (int i = begin; i < end && block.error.empty(); ++i) {
       const int thread = backwards ? begin + end - 1 - i : i;
       if (block.fibers[thread].ended) continue;
-      resume(block, thread);
+      resume_if_ready(block, thread);
       alive |= !block.fibers[thread].ended;
     }
     if (s.chance(8) && block.error.empty()) finish_some(block);
@@ -364,7 +371,11 @@ inline void run_blocks(int64_t blocks, int threads, int shared_bytes, const Entr
     const size_t i = s.seeded ? s.random(static_cast<uint32_t>(alive.size())) : 0;
     Block& block = *alive[i];
     running() = &block;
-    if (take_turns(block)) continue;
+    try {
+      if (take_turns(block)) continue;
+    } catch (const std::runtime_error& failure) {  // of what runs by itself
+      block.error = failure.what();
+    }
     if (!block.error.empty()) error = "block " + std::to_string(block.block) + ": " + block.error;
     races::end_cluster(block.block / cluster);
     spare.push_back(std::move(block.fibers));

@@ -19,7 +19,7 @@ namespace barlow::emulation::races {
 
 namespace {
 
-bool watching = false;
+bool watching = false, in_thread = false;
 
 // ---- Clocks ---------------------------------------------------------------------------------------------------------
 
@@ -220,7 +220,7 @@ std::string place(const std::vector<const void*>& pcs) {
       const size_t end = std::min(lines.find('\n', begin), lines.size());
       std::string line = lines.substr(begin, end - begin);
       begin = end + 1;
-      if (line.find("??") != std::string::npos || line.find("/include/c++/") != std::string::npos) continue;
+      if (line.find('?') != std::string::npos || line.find("/include/c++/") != std::string::npos) continue;
       line = line.substr(0, line.find(" ("));  // "(discriminator 2)"
       const size_t csrc = line.rfind("csrc/");
       line = csrc != std::string::npos ? line.substr(csrc + 5) : line.substr(line.rfind('/') + 1);
@@ -489,9 +489,10 @@ void enter(int cluster, int thread, const char* stack, size_t bytes, bool fresh)
   state.stack = reinterpret_cast<uintptr_t>(stack);
   state.stack_bytes = bytes;
   watching = fresh;
+  in_thread = true;
 }
 
-void leave() { watching = false; }
+void leave() { watching = in_thread = false; }
 
 Quiet::Quiet() : before_(watching) { watching = false; }
 Quiet::~Quiet() { watching = before_; }
@@ -692,10 +693,10 @@ void lend_registers(const void* p, size_t bytes, int channel, uint32_t group) {
 
 namespace {
 inline void enter_function(const void* caller) {
-  if (watching) state.thread->callers.push_back(caller);
+  if (in_thread) state.thread->callers.push_back(caller);
 }
 inline void exit_function() {
-  if (watching && !state.thread->callers.empty()) state.thread->callers.pop_back();
+  if (in_thread && !state.thread->callers.empty()) state.thread->callers.pop_back();
 }
 }  // namespace
 

@@ -1,0 +1,113 @@
+"""Short runs of the emulated CUDA kernels, on the smallest shapes that reach all of their code, and what each gives."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Iterator
+from types import ModuleType
+
+import cases
+import torch
+
+from barlow_fused import barlow_twins_loss
+from barlow_fused.backends import cuda_backend, cuda_partial, torch_partial
+from barlow_fused.backends.torch_partial import Segments
+from barlow_fused.backends.triton_kernels import configs
+from barlow_fused.normalization import Normalization
+
+SCHEDULES = {  # environment variables of csrc/gpu/emulation/schedule.h
+    "in turn, late": {},
+    "reverse, early": {"BARLOW_EMULATION_ORDER": "reverse", "BARLOW_EMULATION_COPIES": "early"},
+}
+
+
+@contextlib.contextmanager
+def environment(**variables: str) -> Iterator[None]:
+    """The emulation looks at these at each launch."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+@contextlib.contextmanager
+def kernels_of(module: ModuleType) -> Iterator[None]:
+    """The CUDA backend runs that module, and multiplies small halves as they are."""
+    before = configs.FLOAT32_ELEMENTS
+    configs.FLOAT32_ELEMENTS = 0
+    cuda_backend.use(module)
+    try:
+        yield
+    finally:
+        cuda_backend.use(None)
+        configs.FLOAT32_ELEMENTS = before
+
+
+@functools.cache
+def _oracle(n: int, d: int, dtype: torch.dtype, normalization: str) -> cases.Answer:
+    return cases.oracle(*cases.views(n, d, dtype), cases.NORMALIZATIONS[normalization])
+
+
+def _loss(route: str, n: int, d: int, dtype: torch.dtype, normalization: str = "batch_norm") -> Callable[[], float]:
+    def run() -> float:
+        loss = functools.partial(
+            barlow_twins_loss, backend="cuda", route=route, normalization=normalization, return_terms=True
+        )
+        got = cases.answer(loss, *cases.views(n, d, dtype))
+        return max(map(cases.error, got, _oracle(n, d, dtype, normalization)))
+
+    return run
+
+
+def _partial(route: str, n: int, d: int, dtype: torch.dtype) -> Callable[[], float]:
+    """One rank's part of a batch, against the torch backend's."""
+
+    def product(partial: object) -> torch.Tensor:
+        segments, views = Segments((n,), (n,), (1.0,)), []
+        for z in cases.views(n, d, dtype):
+            views.append(partial.View(z, partial.moments(z, (n,)), Normalization(), segments))
+        if route == "gram":
+            return partial.partial_gram(views[0], 2 * d)[0].double()
+        return partial.partial_correlate(*views).double().fill_diagonal_(0)
+
+    return lambda: cases.error(product(cuda_partial), product(torch_partial))
+
+
+F32, BF16 = torch.float32, torch.bfloat16
+# name: compute capability, what runs and returns its relative error, how large that may be
+RUNS: dict[str, tuple[int, Callable[[], float], float]] = {
+    "gram (33, 100) bfloat16": (80, _loss("gram", 33, 100, BF16), 1e-2),
+    "gram (70, 100) float32": (80, _loss("gram", 70, 100, F32), 1e-5),
+    "gram (130, 70) float32": (80, _loss("gram", 130, 70, F32), 1e-3),
+    "gram (33, 70) none": (80, _loss("gram", 33, 70, F32, "none"), 1e-5),
+    "direct (33, 130) float32": (80, _loss("direct", 33, 130, F32), 1e-5),
+    "direct (65, 130) bfloat16": (80, _loss("direct", 65, 130, BF16), 1e-2),
+    "two phases (3700, 9)": (80, _loss("direct", 3700, 9, F32), 1e-5),
+    "partial gram (70, 100)": (80, _partial("gram", 70, 100, F32), 1e-5),
+    "partial correlate (33, 70)": (80, _partial("direct", 33, 70, BF16), 1e-2),
+    "Hopper: gram (65, 200)": (90, _loss("gram", 65, 200, BF16), 1e-2),
+    "Hopper: gram (140, 300)": (90, _loss("gram", 140, 300, BF16), 1e-2),
+    "Hopper: direct (65, 300)": (90, _loss("direct", 65, 300, BF16), 1e-2),
+    "Hopper: gram (520, 80)": (90, _loss("gram", 520, 80, BF16), 1e-1),
+    "Hopper: gram (1040, 80)": (90, _loss("gram", 1040, 80, BF16), 1e-1),
+}
+
+
+def outcome(module: ModuleType, name: str, watch: bool, **variables: str) -> str:
+    """What a run says: nothing where it is right; "race: ..." and so on where a launch fails; "wrong by ..."."""
+    capability, run, tolerance = RUNS[name]
+    module.emulate(capability, 8)
+    module.watch(watch)
+    try:
+        with environment(**variables), kernels_of(module):
+            error = run()
+    except RuntimeError as failure:
+        return str(failure)
+    finally:
+        module.watch(True)
+    return "" if error <= tolerance else f"wrong by {error:.2g}"
