@@ -1,8 +1,8 @@
 # make train    pretrain on real images, here, now           make lint     ruff, clang-format and gersemi
 # make test     the test suite, in minutes                   make bench    the microbenchmark
 #
-# make test-kernels   the kernels in depth: in the emulation and Triton's interpreter, under sanitizers, with faults
-#                     planted, compiled for GPUs that are not here
+# make test-kernels   the kernels in depth: in the emulation and Triton's interpreter, under sanitizers, searched for
+#                     races, with faults planted, compiled for GPUs that are not here
 # make test-all       both
 #
 # Each sets up .venv the first time (about 5 GB: PyTorch's ordinary build) and re-uses it afterwards.
@@ -32,6 +32,7 @@ test-kernels: $(EXTENSION)
 	$(PYTEST) tests/kernels tests/test_build.py -m kernels $(ARGS)
 	$(PYTEST) tests/kernels --kernels interpreter $(ARGS)
 	$(PYTEST) tests/kernels --kernels sanitized $(ARGS)
+	$(PYTEST) tests/kernels --kernels races $(ARGS)
 
 test-all: test test-kernels
 

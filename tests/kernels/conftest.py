@@ -1,4 +1,5 @@
-"""The kernels of own make, on this CPU: CUDA's in the emulation, plain or sanitized, or Triton's in its interpreter.
+"""The kernels of own make, on this CPU: CUDA's in the emulation, plain, sanitized or searched for races, or Triton's in its
+interpreter.
 
 ``pytest --kernels`` says which (tests/conftest.py).
 """
@@ -6,6 +7,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import pathlib
 import re
 
@@ -24,7 +26,8 @@ OF_HALVES = (  # tests that have no parameter for it
     "test_same_bits_again_and_under_torch_compile",
     "test_the_passes_keep_their_contract",
 )
-# Of test_kernels.py, by a part of their names: what the sanitizers run, and what `make test` runs
+# Of test_kernels.py, by a part of their names: what the sanitizers and the race detector run (BARLOW_RACE_GRID=all: it
+# runs all), and what `make test` runs
 SANITIZED = (r"over_shapes.*(33-100|65-130)", r"over_conventions.*17-100", r"non_contiguous")
 TELLING = (
     r"over_shapes.*(17-31|65-130)",
@@ -44,8 +47,8 @@ def pytest_ignore_collect(collection_path: pathlib.Path, config: pytest.Config) 
     """What all kinds share stands in test_kernels.py; the rest is of one kind."""
     if not collection_path.name.startswith("test_") or collection_path.name == "test_kernels.py":
         return None
-    of = "interpreter" if collection_path.name == "test_triton_interpreter.py" else "compiled"
-    return True if kind(config) != of else None
+    kinds = {"test_triton_interpreter.py": "interpreter", "test_triton_races.py": "interpreter", "test_races.py": "races"}
+    return True if kind(config) != kinds.get(collection_path.name, "compiled") else None
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -78,7 +81,10 @@ def _belongs(item: pytest.Item, kind: str) -> bool:
     widest = 16384 if parameters.get("dtype") == torch.bfloat16 else 8192
     if kind == "interpreter" and parameters.get("d", 0) > widest:
         return False  # minutes
-    return kind != "sanitized" or any(re.search(part, item.name) for part in SANITIZED)
+    if item.path.name != "test_kernels.py" or kind not in ("sanitized", "races"):
+        return True
+    whole = kind == "races" and os.environ.get("BARLOW_RACE_GRID") == "all"
+    return whole or any(re.search(part, item.name) for part in SANITIZED)
 
 
 @pytest.fixture(scope="session")

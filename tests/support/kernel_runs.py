@@ -72,7 +72,11 @@ def _partial(route: str, n: int, d: int, dtype: torch.dtype) -> Callable[[], flo
         for z in cases.views(n, d, dtype):
             views.append(partial.View(z, partial.moments(z, (n,)), Normalization(), segments))
         if route == "gram":
-            return partial.partial_gram(views[0], 2 * d)[0].double()
+            flat, (bulk,) = partial.partial_gram(views[0], 2 * d)
+            flat = flat.double()
+            for start, _, panel in torch_partial.panels(flat, n):
+                panel.diagonal(start).add_(bulk)
+            return flat
         return partial.partial_correlate(*views).double().fill_diagonal_(0)
 
     return lambda: cases.error(product(cuda_partial), product(torch_partial))

@@ -249,25 +249,24 @@ struct Factor {
     return swizzled(k_major ? start + i % 8 * 128 + i / 8 * stride + k * 2
                             : start + i % 64 * 2 + i / 64 * leading + k % 8 * 128 + k / 8 * stride);
   }
-  template <class T>
-  BARLOW_UNWATCHED void read(std::vector<float>& x, int size) const {
-    x.resize(size * 16);
-    for (int i = 0; i < size; ++i) {
-      for (int k = 0; k < 16; ++k) {
-        T number;
-        std::memcpy(&number, shared_at(running()->rank(), address(i, k), 2), 2);
-        x[i * 16 + k] = to_float(number);
-      }
-    }
-  }
-  // Tells of the reading of numbers first .. first + size - 1, eight neighbours at a time.
-  void read_by_engine(int first, int size, int channel, uint32_t group) const {
+  // Calls f(i, k, address) for numbers first .. first + size - 1, of eight neighbours, along k or along i, for the first.
+  template <class F>
+  void for_eights(int first, int size, F f) const {
     const int next_i = k_major ? 1 : 8, next_k = k_major ? 8 : 1;
     for (int i = first; i < first + size; i += next_i) {
-      for (int k = 0; k < 16; k += next_k) {
-        races::engine_read(shared_at(running()->rank(), address(i, k), 16), 16, channel, group);
-      }
+      for (int k = 0; k < 16; k += next_k) f(i, k, shared_at(running()->rank(), address(i, k), 16));
     }
+  }
+  template <class T>
+  void read(float* x, int size) const {
+    for_eights(0, size, [=](int i, int k, const char* from) BARLOW_UNWATCHED {
+      T numbers[8];
+      std::memcpy(numbers, from, 16);
+      for (int e = 0; e < 8; ++e) x[k_major ? i * 16 + k + e : (i + e) * 16 + k] = to_float(numbers[e]);
+    });
+  }
+  void read_by_engine(int first, int size, int channel, uint32_t group) const {
+    for_eights(first, size, [=](int, int, const char* from) { races::engine_read(from, 16, channel, group); });
   }
 };
 }  // namespace emulation
@@ -351,14 +350,17 @@ struct Wgmma {
     b.read_by_engine(0, N, w.channel, group);
   }
 
-  BARLOW_UNWATCHED static void multiply(const std::vector<Thread>& threads, int fiber) {
-    static std::vector<float> a, b;
+  static void multiply(const std::vector<Thread>& threads, int fiber) {
+    static float a[64 * 16], b[N * 16];
     emulation::Block& block = *emulation::running();
     const int before = block.current;
     block.current = fiber;  // its block's memory
     emulation::Factor{threads[0].a, A_K_MAJOR}.template read<T>(a, 64);
     emulation::Factor{threads[0].b, B_K_MAJOR}.template read<T>(b, N);
     block.current = before;
+    add_product(threads.data(), a, b);
+  }
+  BARLOW_UNWATCHED static void add_product(const Thread* threads, const float* a, const float* b) {
     for (int m = 0; m < 64; ++m) {
       for (int n = 0; n < N; ++n) {
         double sum = 0;

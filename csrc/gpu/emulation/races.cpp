@@ -96,6 +96,7 @@ void learn(Clock::One& to, const Clock::One& from) {
 uint32_t at(const Row& row, size_t index) { return row != nullptr && index < row->size() ? (*row)[index] : 0; }
 
 void raise(Epochs& row, size_t index, uint32_t epoch) {
+  if (epoch == 0) return;
   if (row.size() <= index) row.resize(index + 1);
   row[index] = std::max(row[index], epoch);
 }
@@ -112,15 +113,22 @@ struct Registers {
 struct Thread {
   Clock clock;
   uint32_t epoch = 1, fenced_epoch = 0;
+  uint32_t copier = 0;                                      // the channel of its cp.async, when there is any
   uint32_t copies = 0, copies_done = 0, copies_fenced = 0;  // groups of cp.async
   std::vector<Registers> lent;
   std::vector<const void*> callers;  // where the functions that it is in were called
 };
 
-// Actors: its threads, then their cp.async, then its channels.
+// Actors: its threads, then its channels.
 struct Cluster {
-  int id = 0, blocks = 0, threads = 0, channels = 0;
+  int id = 0, blocks = 0, threads = 0;
   std::vector<Thread> all;
+  std::vector<int> channels;  // the thread whose cp.async it is, or -1
+
+  uint32_t new_channel(int thread) {
+    channels.push_back(thread);
+    return static_cast<uint32_t>(all.size() + channels.size() - 1);
+  }
   std::vector<std::pair<const char*, size_t>> shared;
 };
 
@@ -184,11 +192,10 @@ bool is_ordered(Order order, const Access& before) {
     const auto found = others->find(before.cluster);
     return found != others->end() && at(found->second, before.actor) >= before.epoch;
   }
-  const uint32_t threads = static_cast<uint32_t>(state.cluster->all.size());
   if (before.actor == static_cast<uint32_t>(state.index)) {
     return order != fenced || before.epoch <= t.fenced_epoch;
   }
-  if (before.actor == threads + state.index) {
+  if (t.copier != 0 && before.actor == t.copier) {
     return before.epoch <= (order == fenced ? t.copies_fenced : t.copies_done);
   }
   return at(t.clock.of[order].own, before.actor) >= before.epoch;
@@ -233,13 +240,13 @@ std::string place(const std::vector<const void*>& pcs) {
 
 std::string who(const Access& a) {
   const Cluster& c = state.clusters[a.cluster];
-  const int all = static_cast<int>(c.all.size());
-  if (a.actor >= static_cast<uint32_t>(2 * all)) {
+  const int all = static_cast<int>(c.all.size()), channel = static_cast<int>(a.actor) - all;
+  const int thread = channel < 0 ? static_cast<int>(a.actor) : c.channels[channel];
+  if (thread < 0) {
     return (c.blocks > 1 ? "the TMA or wgmma of cluster " : "the TMA or wgmma of block ") + std::to_string(a.cluster);
   }
-  const int thread = static_cast<int>(a.actor) % all;
-  return (a.actor >= static_cast<uint32_t>(all) ? "cp.async of thread " : "thread ") +
-         std::to_string(thread % c.threads) + " of block " + std::to_string(a.cluster * c.blocks + thread / c.threads);
+  return (channel < 0 ? "thread " : "cp.async of thread ") + std::to_string(thread % c.threads) + " of block " +
+         std::to_string(a.cluster * c.blocks + thread / c.threads);
 }
 
 std::string memory_at(uintptr_t address) {
@@ -386,14 +393,32 @@ void forget(const void* p, size_t bytes) {
   }
 }
 
-// A clock with what the thread knows of itself.
-Row with_self(const Cluster& c, int index, Order order) {
+// What a thread knows of itself, which its clock leaves out.
+void raise_self(Epochs& row, const Cluster& c, int index, Order order) {
   const Thread& t = c.all[index];
-  const Row& own = t.clock.of[order].own;
-  auto row = own != nullptr ? std::make_shared<Epochs>(*own) : std::make_shared<Epochs>();
-  raise(*row, index, order == fenced ? t.fenced_epoch : t.epoch);
-  raise(*row, c.all.size() + index, order == fenced ? t.copies_fenced : t.copies_done);
-  return row;
+  raise(row, index, order == fenced ? t.fenced_epoch : t.epoch);
+  if (t.copier != 0) raise(row, t.copier, order == fenced ? t.copies_fenced : t.copies_done);
+}
+
+// A clock with what these threads know of themselves.
+void add_selves(Clock& clock, const Cluster& c, const int* threads, size_t count) {
+  const bool alike = clock.of[over].own == clock.of[visible].own;
+  for (const Order order : orders) {
+    Row& own = clock.of[order].own;
+    if (order == visible && alike) {
+      own = clock.of[over].own;
+      continue;
+    }
+    auto row = std::make_shared<Epochs>();
+    if (own != nullptr) *row = *own;
+    for (size_t i = 0; i < count; ++i) raise_self(*row, c, threads[i], order);
+    own = std::move(row);
+  }
+}
+Clock clock_with_self() {
+  Clock clock = state.thread->clock;
+  add_selves(clock, *state.cluster, &state.index, 1);
+  return clock;
 }
 
 }  // namespace
@@ -445,11 +470,12 @@ void end_block(int cluster, int rank) {
   if (!state.this_launch) return;
   // All that its threads know: an access that none of them knows may come when the block is gone.
   Cluster& c = state.clusters[cluster];
-  Thread end;
   Epochs known;
   for (int t = rank * c.threads; t < (rank + 1) * c.threads; ++t) {
-    const Row row = with_self(c, t, over);
-    for (size_t i = 0; i < row->size(); ++i) raise(known, i, (*row)[i]);
+    if (const Row& row = c.all[t].clock.of[over].own) {
+      for (size_t i = 0; i < row->size(); ++i) raise(known, i, (*row)[i]);
+    }
+    raise_self(known, c, t, over);
   }
   const auto& [shared, bytes] = c.shared[rank];
   const uintptr_t begin = reinterpret_cast<uintptr_t>(shared);
@@ -522,20 +548,7 @@ void meet(const std::vector<int>& threads) {
   for (const int t : threads) {
     for (const Order order : orders) learn(together.of[order], c.all[t].clock.of[order]);
   }
-  const bool alike = together.of[over].own == together.of[visible].own;
-  for (const Order order : orders) {
-    Clock::One& one = together.of[order];
-    if (order == visible && alike) {
-      one.own = together.of[over].own;
-      continue;
-    }
-    auto row = one.own != nullptr ? std::make_shared<Epochs>(*one.own) : std::make_shared<Epochs>();
-    for (const int t : threads) {
-      raise(*row, t, order == fenced ? c.all[t].fenced_epoch : c.all[t].epoch);
-      raise(*row, c.all.size() + t, order == fenced ? c.all[t].copies_fenced : c.all[t].copies_done);
-    }
-    one.own = std::move(row);
-  }
+  add_selves(together, c, threads.data(), threads.size());
   for (const int t : threads) {
     c.all[t].clock = together;
     ++c.all[t].epoch;
@@ -546,13 +559,12 @@ Mailbox::Mailbox() : near_(std::make_shared<Clock>()), far_(std::make_shared<Clo
 
 void Mailbox::leave(Scope scope, bool remote) {
   if (!state.this_launch) return;
-  Clock known = state.thread->clock;
-  for (const Order order : orders) known.of[order].own = with_self(*state.cluster, state.index, order);
+  const Clock known = clock_with_self();
   auto near = std::make_shared<Clock>(*near_);
-  learn(near->of[over], known.of[over]);
-  if (!remote) {
-    for (const Order order : orders) learn(near->of[order], known.of[order]);
-  } else if (scope == whole_cluster) {
+  for (const Order order : orders) {
+    if (order == over || !remote) learn(near->of[order], known.of[order]);
+  }
+  if (remote && scope == whole_cluster) {
     auto far = std::make_shared<Clock>(*far_);
     for (const Order order : orders) learn(far->of[order], known.of[order]);
     far_ = std::move(far);
@@ -572,10 +584,11 @@ void Mailbox::take(Scope scope) const {
 void ticket(const void* counter, bool acquires, bool releases) {
   if (!state.this_launch) return;
   const int id = state.cluster->id;
-  for (const Order order : orders) {
-    auto& left = state.tickets[order][counter];
-    Clock::One& known = state.thread->clock.of[order];
-    if (acquires && left != nullptr) {
+  if (acquires) {
+    for (const Order order : orders) {
+      const auto& left = state.tickets[order][counter];
+      if (left == nullptr) continue;
+      Clock::One& known = state.thread->clock.of[order];
       auto others = std::make_shared<Rows>(*left);
       const auto own = others->find(id);
       if (own != others->end()) {
@@ -584,10 +597,15 @@ void ticket(const void* counter, bool acquires, bool releases) {
       }
       known.others = join(known.others, others);
     }
-    if (releases) {
+  }
+  if (releases) {
+    const Clock clock = clock_with_self();
+    for (const Order order : orders) {
+      auto& left = state.tickets[order][counter];
+      const Clock::One& known = clock.of[order];
       auto now = left != nullptr ? std::make_shared<Rows>(*left) : std::make_shared<Rows>();
       Row& own = (*now)[id];
-      own = join(own, with_self(*state.cluster, state.index, order));
+      own = join(own, known.own);
       if (known.others != nullptr) {
         for (const auto& [cluster, row] : *known.others) {
           Row& other = (*now)[cluster];
@@ -613,8 +631,10 @@ void fence_async() {
 void copy(const void* to, const void* from, size_t bytes) {
   if (!state.this_launch) return;
   Access a = mine(__builtin_return_address(0));
-  a.actor += static_cast<uint32_t>(state.cluster->all.size());
-  a.epoch = state.thread->copies + 1;
+  Thread& t = *state.thread;
+  if (t.copier == 0) t.copier = state.cluster->new_channel(state.index);
+  a.actor = t.copier;
+  a.epoch = t.copies + 1;
   if (bytes > 0) access(reinterpret_cast<uintptr_t>(from), bytes, a, false);
   access(reinterpret_cast<uintptr_t>(to), 16, a, true);
 }
@@ -629,7 +649,7 @@ void wait_copies(int pending) {
 
 int new_channel() {
   if (!state.this_launch) return 0;
-  return static_cast<int>(2 * state.cluster->all.size()) + state.cluster->channels++;
+  return static_cast<int>(state.cluster->new_channel(-1));
 }
 
 namespace {
