@@ -100,8 +100,7 @@ struct Multiply {
         multiply_stage(acc, stage, stage + M * 128);
       }
     }
-    copy_async_wait<0>();
-    barrier();  // shared memory is free
+    barrier();  // shared memory is free: the last copies have been waited for with the last stage
   }
 
   // First row and column, within the tile, of this thread's numbers in fragment (i, j).
