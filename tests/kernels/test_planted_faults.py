@@ -12,6 +12,7 @@ import shutil
 import subprocess
 
 import pytest
+from sites import sites
 
 HERE = pathlib.Path(__file__).parent
 SOURCES = HERE.parents[1] / "csrc"
@@ -30,12 +31,17 @@ def build(folder: pathlib.Path, name: str, source: pathlib.Path, flags: tuple[st
     return program
 
 
-def run(program: pathlib.Path, order: str = "forward", copies: str = "late") -> tuple[int, str]:
+def run(program: pathlib.Path, order: str = "forward", copies: str = "late", drop: str = "") -> tuple[int, str]:
     """Its exit code, and what it printed.
 
-    ``order`` is that in which a block's threads take turns; TMA copies a box at once ("early") or as late as allowed.
+    ``order`` is that in which a block's threads take turns; TMA copies a box at once ("early") or as late as allowed;
+    ``drop`` is a barrier, wait or fence that is left out.
     """
-    environment = {"BARLOW_EMULATION_ORDER": order, "BARLOW_EMULATION_COPIES": copies}
+    environment = {
+        "BARLOW_EMULATION_ORDER": order,
+        "BARLOW_EMULATION_COPIES": copies,
+        "BARLOW_EMULATION_DROP": drop,
+    }
     done = subprocess.run([program], env=environment, capture_output=True, text=True, timeout=300)
     return done.returncode, done.stdout + done.stderr
 
@@ -188,3 +194,11 @@ def test_a_fault_of_hoppers_gram_is_caught(file, right, wrong, tmp_path):
     code, printed = run(build(tmp_path, "gram_faults", with_fault(tmp_path, file, right, wrong), ()))
     assert code != 0
     assert "K is wrong" in printed
+
+
+def test_a_block_alone_waits_for_its_ring(tmp_path):
+    """The only barrier that no kernel comes to (mutations.py): they all have clusters of several blocks."""
+    (site,) = [site for site in sites() if site.name == "blocks/hopper_multiply.h begin: barrier()"]
+    code, printed = run(build(tmp_path, "hopper_faults", SOURCES, ()), order="reverse", drop=site.drop)
+    assert code != 0
+    assert "an mbarrier that nobody initialised" in printed
