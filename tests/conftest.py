@@ -25,8 +25,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=KINDS,
         default="compiled",
         help="how tests/kernels runs the kernels on this CPU: CUDA's compiled for it (default), Triton's in the "
-        "interpreter, CUDA's under the address and undefined-behaviour sanitizers (with --numprocesses), or CUDA's under "
-        "the emulation's race detector",
+        "interpreter, CUDA's under the address and undefined-behaviour sanitizers (with --numprocesses), or CUDA's "
+        "under the emulation's race detector",
     )
 
 

@@ -87,8 +87,7 @@ struct CorrelateJob {
     place(work, row, column);
     const bool raw = is_raw(row, column);
     row += cluster_rank() * Product::M;
-    Consumers::barrier();  // the last tile's statistics have been read
-    {
+    {  // the last tile's have been read: finish meets after that
       const int j = column + thread();
       const float* const stat = p.stats + j;
       memory.mean[thread()] = raw && j < p.d ? stat[(stat_mean + 1) * static_cast<int64_t>(p.d)] : 0.f;

@@ -1,5 +1,6 @@
-"""The kernels of own make, on this CPU: CUDA's in the emulation, plain, sanitized or searched for races, or Triton's in its
-interpreter.
+"""The kernels of own make, on this CPU: Triton's in its interpreter, or CUDA's in the emulation.
+
+The latter plain, under sanitizers, or under a race detector.
 
 ``pytest --kernels`` says which (tests/conftest.py).
 """
@@ -20,6 +21,11 @@ import torch
 from barlow_fused import barlow_twins_loss
 
 HERE = pathlib.Path(__file__).parent
+OF_ONE_KIND = {
+    "test_triton_interpreter.py": "interpreter",
+    "test_triton_races.py": "interpreter",
+    "test_races.py": "races",
+}
 HALVES = (torch.bfloat16, torch.float16)
 OF_HALVES = (  # tests that have no parameter for it
     "test_correlate_takes_the_centred_form_where_means_are_large",
@@ -47,7 +53,11 @@ def pytest_ignore_collect(collection_path: pathlib.Path, config: pytest.Config) 
     """What all kinds share stands in test_kernels.py; the rest is of one kind."""
     if not collection_path.name.startswith("test_") or collection_path.name == "test_kernels.py":
         return None
-    kinds = {"test_triton_interpreter.py": "interpreter", "test_triton_races.py": "interpreter", "test_races.py": "races"}
+    kinds = {
+        "test_triton_interpreter.py": "interpreter",
+        "test_triton_races.py": "interpreter",
+        "test_races.py": "races",
+    }
     return True if kind(config) != kinds.get(collection_path.name, "compiled") else None
 
 

@@ -44,10 +44,10 @@ Each row leaves out one place of `csrc/` where threads are ordered, and each col
 (`csrc/gpu/emulation/README.md`) with one detector. `python tests/support/mutations.py` writes this table; a test checks
 that no place is missing.
 
-* **race**: the race detector, threads in turn. It needs no lucky order. Where it notices, the other columns have the three
-  quickest runs that come there, else all.
-* **in turn, late**, **reverse, early**: without it. Threads take turns from the first or from the last on, and what runs
-  by itself ends as late or as early as allowed.
+* **race**: the race detector, threads in turn. It needs no lucky order. Where it notices, the other columns have the
+  three quickest runs that come there, else all.
+* **in turn, late**, **reverse, early**: without it. Threads take turns from the first or from the last on, and what
+  runs by itself ends as late or as early as allowed.
 * **seeds**: without it, in random order; how many of the {seeds} seeds notice.
 
 What they notice: `race`; `stops`, a launch that ends with a sentence (nobody can go on, a primitive is used wrongly);

@@ -1,6 +1,6 @@
 """Triton's interpreter with programs that take turns, and a search for races between them.
 
-The interpreter runs one program after the other, so a program that reads what another has not yet written finds it there.
+The interpreter runs one program after the other, so who reads too early what an earlier program writes finds it there.
 Under ``interleaved`` the programs of a launch are threads, of which one runs at a time: they begin in random order, and
 at each atomic operation the turn may go to another one.
 
@@ -27,7 +27,7 @@ PAGE = 4096
 Sem = native.MEM_SEMANTIC
 
 
-class Race(AssertionError):
+class RaceError(AssertionError):
     """Two programs whose accesses nothing orders."""
 
 
@@ -53,7 +53,7 @@ class Memory:
         known = self.knows[program][before] >= page[f"{of}_epoch"][at]
         bad = (before >= 0) & (before != program) & ~known
         if bad.any():
-            raise Race(f"race: program {program} {what} {before[bad][0]} {of.split('_')[-1]}, and nothing orders them")
+            raise RaceError(f"program {program} {what} {before[bad][0]} {of.split('_')[-1]}, and nothing orders them")
 
     def access(self, program: int, addresses: np.ndarray, mask: np.ndarray, write: bool) -> None:
         addresses = np.unique(np.broadcast_to(addresses, np.broadcast_shapes(addresses.shape, mask.shape))[mask])
