@@ -21,8 +21,10 @@
 #include <utility>
 #include <vector>
 
-#include "gpu/device.h"
 #include "kernels.h"
+#ifdef BARLOW_EMULATION
+#include "gpu/device.h"
+#endif
 
 namespace py = pybind11;
 using namespace barlow;
@@ -266,7 +268,7 @@ PYBIND11_MODULE(BARLOW_MODULE, module) {
   module.def("warm_up", warm_up);
   module.def("kernels", [] {  // all, by type
     py::list list;
-    for (const ListedKernel& k : listed_kernels()) {
+    for (const ListedKernel& k : list_kernels()) {
       using namespace py::literals;
       list.append(py::dict("name"_a = k.name, "type"_a = k.type, "threads"_a = k.threads,
                            "shared_bytes"_a = k.shared_bytes, "hopper"_a = k.hopper));

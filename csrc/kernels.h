@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace barlow {
 
@@ -144,6 +145,15 @@ GramPlan plan_gram(int n, int d, DType dtype, Precision precision, int device);
 GramPlan plan_partial_gram(int n, int d, DType dtype, int device);  // without partials: the caller knows `size`
 GramGradPlan plan_gram_grad(int n, int d, int device);              // of both views
 CorrelatePlan plan_correlate(int n, int d, DType dtype, Precision precision, int device);
+
+// A kernel that this module can launch.
+struct ListedKernel {
+  const char *name, *type;      // the C++ type, mangled
+  int threads, shared_bytes;    // of a block; 0 bytes where they depend on the shape
+  bool hopper;                  // compiled for sm_90a alone
+  void (*prepare)(int device);  // what would else happen at the first launch
+};
+std::vector<ListedKernel> list_kernels();  // all of them
 
 // Loads every kernel onto a device and asks what else the first launches would ask, so that those to come can be
 // captured in a graph. Returns how many kernels there are for this device.

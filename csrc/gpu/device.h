@@ -101,13 +101,7 @@ void check_launch(const What& what, int n, int d, int64_t blocks, int shared_byt
   }
 }
 
-// Every kernel that this module can launch: `launch` and `launch_clusters` list theirs, by being compiled.
-struct ListedKernel {
-  const char *name, *type;      // the C++ type, mangled
-  int threads, shared_bytes;    // of a block; 0 bytes where they depend on the shape
-  bool hopper;                  // compiled for sm_90a alone
-  void (*prepare)(int device);  // what would else happen at the first launch
-};
+// The list of kernels.h's list_kernels: `launch` and `launch_clusters` put theirs there, by being compiled.
 inline std::vector<ListedKernel>& listed_kernels() {
   static std::vector<ListedKernel> list;
   return list;

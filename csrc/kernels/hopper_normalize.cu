@@ -10,12 +10,14 @@
 namespace barlow {
 namespace {
 
+constexpr int part_bytes = 112 * 1024;  // of shared memory: two blocks fit a multiprocessor
+
 template <class T, int GROUPS, int CLUSTER>
 struct HopperNormalizeKernel {
   using Params = NormalizeParams;
   static constexpr const char* name = "normalize";
   static constexpr int threads = normalize_threads, cluster = CLUSTER;
-  static constexpr int blocks_per_sm = 2, shared_bytes = 112 * 1024;
+  static constexpr int blocks_per_sm = 2, shared_bytes = part_bytes;
   static constexpr bool persistent = false;
 
   static BARLOW_DEVICE void run(const Params& params) {
@@ -39,9 +41,8 @@ constexpr int wide = 4, narrow = 2;  // GROUPS: pieces of a row of 64 bytes, and
 // The rows of a part that fit.
 template <int GROUPS>
 constexpr int most_rows() {
-  return (HopperNormalizeKernel<bfloat16, GROUPS, 2>::shared_bytes -
-          static_cast<int>(sizeof(typename Slab<bfloat16, GROUPS>::Memory))) /
-         (2 * GROUPS * 16) / (normalize_threads / GROUPS) * (normalize_threads / GROUPS);
+  const int room = part_bytes - static_cast<int>(sizeof(typename Slab<bfloat16, GROUPS>::Memory));
+  return room / (2 * GROUPS * 16) / (normalize_threads / GROUPS) * (normalize_threads / GROUPS);
 }
 
 template <class T, int GROUPS, int CLUSTER>

@@ -4,6 +4,8 @@
 
 namespace barlow {
 
+std::vector<ListedKernel> list_kernels() { return listed_kernels(); }
+
 int warm_up(int device) {
   const DeviceGuard guard(device);
   const RelaxedCapture relaxed;
