@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import barlow_fused
-from barlow_fused.backends.torch_slabs import _matmul_t
+from barlow_fused.backends.slabs import _matmul_t
 
 from .inputs import cache_bytes
 

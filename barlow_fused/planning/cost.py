@@ -16,7 +16,8 @@ import dataclasses
 
 import torch
 
-from ..backends import torch_slabs, torch_whole
+from ..backends import slabs as cpu_slabs
+from ..backends import torch_direct, torch_whole
 from ..backends.triton_kernels import configs
 from ..normalization import Normalization
 from . import cuda
@@ -133,7 +134,7 @@ def _first_chunk(n: int, d: int, dtype: torch.dtype, rounded: bool) -> int:
 
 
 def _slabs_cost(p: Problem) -> Cost:
-    """On CPUs and over several ranks it keeps nothing of N x D numbers, only the product and a few slabs."""
+    """On CPUs and over several ranks it keeps the product, and a few slabs or centred views that are small."""
     n, d = p.local_shape
     size, in_size = p.compute_dtype.itemsize, p.dtype.itemsize
     of_columns, of_rows = _slab_bytes(d, n, size), _slab_bytes(n, d, size)  # a slab of both views
@@ -142,24 +143,34 @@ def _slabs_cost(p: Problem) -> Cost:
     if p.route == "gram":
         product = 2 * n * n * size
         slabs = -(-2 * n * d * size // of_columns)
-        forward = product + of_columns + n * n * (size + 8)  # K_a * K_b, and the same in float64 to be summed
+        # Statistics need a slab and its square; then K_a * K_b, and the same in float64 to be summed.
+        forward = max(2 * of_columns, product + of_columns + n * n * (size + 8))
         backward = product + 2 * of_columns  # a slab, one view's P, and A_hat * P
         # Passes over K_a and K_b: zeroed, mirrored, divided, multiplied and summed in float64, 8; each slab adds to
         # their lower triangles, and in the backward pass reads them.
         product_passes = 8 + 2 * slabs
-    else:
+    elif p.world_size > 1:
         product = d * d * size
         slabs = -(-2 * n * d * size // of_rows)
-        forward = product + 5 * of_rows // 2 + product  # C, a slab and three products of its views, a slab's product
-        backward = 2 * product + max(product, 3 * of_rows // 2)  # C and G; C^2, or a slab and one view's P
-        # Passes over C: scaled 4, squared and summed 4; G made of it 4, squared and summed for the gradient's means 4;
-        # each slab's product is written, read and added to C, and in the backward pass reads G for each view.
-        product_passes = 16 + 6 * slabs
+        forward = max(2 * of_columns, product + of_rows + product)  # C and a slab's product
+        backward = product + max(product, 2 * of_rows)  # C^2; or a slab, one view's P, and A_hat * P
+        # Passes over C: squared and summed, again twice for the gradient's means, 12; each slab's product is written,
+        # read and added to C, and in the backward pass reads C for each view.
+        product_passes = 12 + 6 * slabs
+    else:
+        product = d * d * size
+        keeps = torch_direct.keeps(n * d, p.dtype)
+        kept, slab, slabs = (2 * n * d * size, 0, 1) if keeps else (0, of_rows, -(-2 * n * d * size // of_rows))
+        # C, its square or a slab's product; or a slab, and three products of views
+        forward = kept + product + max(slab + product, slab + 3 * of_rows // 2)
+        backward = kept + 2 * product + 3 * slab // 2  # C and G; a slab and one view's P
+        # Passes over C: scaled 4, squared and summed 6, G made of it 4; each slab's product is written, read and added
+        # to C, and in the backward pass reads G for each view.
+        product_passes = 14 + 6 * slabs
     if p.device.type == "cuda" and in_size < size:
         backward += product * in_size // size  # half-precision products copy their operands
-    # Statistics need a slab and its square. The gradients, which are taken off, exist in the backward pass only.
-    before_gradients = max(2 * of_columns, forward) - 2 * n * d * in_size
-    peak = 20 * d * size + max(before_gradients, backward)  # 20: statistics and factors of each feature
+    # The inputs' gradients, which are taken off, exist in the backward pass only.
+    peak = 20 * d * size + max(forward - 2 * n * d * in_size, backward)  # 20: statistics and factors of each feature
     if p.world_size > 1 and p.route == "gram":  # the shards of two views, and of their gradients
         peak += 4 * n * d * in_size
     # The means read 2 N D, gram or correlate 2 N D, input_grad reads 2 N D and writes 2 N D.
@@ -258,7 +269,7 @@ COSTS = {"torch": torch_cost, "triton": triton_cost, "cuda": cuda_cost, "referen
 
 def _slab_bytes(length: int, other: int, size: int) -> int:
     """Bytes of a slab of both views in the compute dtype, as the torch backend cuts them."""
-    return 2 * other * len(range(length)[next(torch_slabs._slabs(length, other))]) * size
+    return 2 * other * len(range(length)[next(cpu_slabs._slabs(length, other))]) * size
 
 
 def _cost(p: Problem, flops: int, bytes_moved: int, peak_memory: int, product_dtype: torch.dtype) -> Cost:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ..backends import torch_slabs
+from ..backends import slabs
 from ..backends.accelerator import tf32
 from ..backends.triton_kernels import configs
 
@@ -170,7 +170,7 @@ def _measure_product(device_type: str, index: int, dtype: torch.dtype, threads: 
     """``threads`` and ``tf32`` only tell one cached measurement from another."""
     size = PRODUCT_SIZE[device_type]
     x = torch.linspace(-1, 1, size * size, device=_torch_device(device_type, index)).view(size, size).to(dtype)
-    return 2 * size**3 / _seconds(lambda: torch_slabs._matmul_t(x, x, dtype), x.device)
+    return 2 * size**3 / _seconds(lambda: slabs._matmul_t(x, x, dtype), x.device)
 
 
 def _torch_device(device_type: str, index: int) -> torch.device:

@@ -82,7 +82,11 @@ def trace(loss, n, d, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(
-    ("n", "d"), [(16, 512), (128, 3000), (256, 4096), (512, 2048), (64, 16384), (1024, 4096), (2048, 2048)]
+    ("n", "d"),
+    [
+        *[(16, 512), (128, 3000), (256, 4096), (512, 2048), (64, 16384), (1024, 4096), (2048, 2048)],
+        *[(4096, 256), (4096, 512), (8192, 512)],
+    ],
 )
 def test_the_torch_backend_allocates_what_is_predicted(n, d, dtype):
     made = plan(n, d, dtype, device="cpu", backend="torch")

@@ -1,0 +1,144 @@
+"""What both routes of the torch backend share on CPUs: slabs of the inputs, and the faster matrix product.
+
+* **Slabs.** A slab is some of the features, or some of the samples, of both views: as many as a core's cache holds.
+  What is made of one is in the cache when it is multiplied, and its room is used again for the next.
+* **The faster matrix product.** ``torch.mm`` in float32 goes to MKL, which uses AVX2 on AMD processors; where a CPU has
+  AVX-512, oneDNN generates code for it and is up to twice as fast, at the same float32 accuracy. With AVX2 alone oneDNN
+  is the faster for few rows, and MKL, by a third, for many (benchmarks/NOTES.md).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..normalization import Normalization
+from ..reference import BarlowTwinsTerms
+from . import accelerator
+
+SLAB_ELEMENTS = 2**18  # a float32 slab of 1 MiB: a core's L2 cache
+MIN_SLAB = 1024  # rows or columns: enough for the matrix product to run at full rate
+NARROW_SLAB = 64  # columns, where nothing is multiplied: a few cache lines of a row
+KEEP_ELEMENTS = 2**17  # inputs up to this size keep what is made of them: there, calls cost more than bytes
+ONEDNN_MIN_FLOPS = 1e7  # below this, oneDNN's 20 us of set-up cost more than it saves
+ONEDNN_MAX_ROWS = math.inf if "AVX512" in torch.backends.cpu.get_cpu_capability() else 64  # above, MKL is faster
+
+_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+_ALL = slice(None)
+
+
+@dataclasses.dataclass
+class Normalized:
+    """Two views, and the statistics of every feature, which a route computes on its first walk over the inputs."""
+
+    z_a: Tensor  # [N, D]
+    z_b: Tensor  # [N, D]
+    normalization: Normalization | None  # None: the inputs are used as they are, and there are no statistics
+    c: Tensor | None = None  # [D] diag(C), in the dtype that everything is computed in
+    # rstd, biased variance, and what each route adds: mean or kept views first. [2, 1, D], two views, if not said.
+    stats: tuple[Tensor, ...] = ()
+
+    def saved(self) -> list[Tensor]:
+        """What a backward pass needs, beside the inputs, to build this again."""
+        return [self.c, *self.stats]
+
+    @classmethod
+    def from_saved(
+        cls, z_a: Tensor, z_b: Tensor, normalization: Normalization | None, saved: list[Tensor]
+    ) -> Normalized:
+        """Build again what ``saved`` was taken from."""
+        return cls(z_a, z_b, normalization, saved[0], tuple(saved[1:]))
+
+    @property
+    def kept(self) -> Tensor | None:  # [2, N, D]
+        """Both views, standardised (Gram) or centred (direct), where they are kept."""
+        return self.stats[2] if self.stats and self.stats[2].shape[1] > 1 else None
+
+
+def _terms(x: Normalized, off_diag: Tensor | float, lambd: float, scale: float) -> BarlowTwinsTerms:
+    """The terms as tensors; up to here they are in float64."""
+    error = x.c.double() - 1
+    on_diag = _scalar(torch.dot(error, error))
+    terms = (scale * (on_diag + lambd * off_diag), on_diag, off_diag)
+    if isinstance(on_diag, Tensor):
+        return BarlowTwinsTerms(*(term.to(x.c.dtype) for term in terms))
+    return BarlowTwinsTerms(*(_tensor(term, x.c) for term in terms))
+
+
+def _tensor(number: float, like: Tensor) -> Tensor:
+    """A 0-d tensor of ``like``'s dtype, infinite where that has no such number; on its device, whatever the default."""
+    if abs(number) > torch.finfo(like.dtype).max:
+        number = math.copysign(math.inf, number)
+    return torch.scalar_tensor(number, dtype=like.dtype, device=like.device)
+
+
+def _scalar(x: Tensor) -> Tensor | float:
+    """A 0-d tensor as Python's number, which is faster to compute with; one without data, fake or on meta, as it is."""
+    return x.item() if x.device.type == "cpu" and type(x) is Tensor else x
+
+
+def _compute_dtype(z: Tensor) -> torch.dtype:
+    return torch.promote_types(z.dtype, torch.float32)
+
+
+def _stack(
+    z_a: Tensor, z_b: Tensor, rows: slice, columns: slice, less: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """A slab of both views, [2, rows, columns], minus ``less``, in the dtype that everything is computed in."""
+    if (rows, columns) != (_ALL, _ALL):
+        z_a, z_b = z_a[rows, columns], z_b[rows, columns]
+    if out is None or out.shape[1:] != z_a.shape:
+        out = z_a.new_empty(2, *z_a.shape, dtype=_compute_dtype(z_a))
+    if less is None:
+        return torch.stack((z_a, z_b), out=out)
+    for view, z in enumerate((z_a, z_b)):
+        torch.sub(z, less[view], out=out[view])
+    return out
+
+
+def _like(x: Tensor, last: Tensor | None) -> Tensor:
+    """Room for a tensor like ``x``: the ``last`` slab's, which costs no new pages, or new."""
+    return torch.empty_like(x) if last is None or last.shape != x.shape else last
+
+
+def _slabs(length: int, other: int, least: int = MIN_SLAB) -> Iterator[slice]:
+    """Cut ``length`` columns (or rows) of ``other`` elements each into slabs, each of at least ``least`` of them."""
+    step = max(least, SLAB_ELEMENTS // other)
+    if length <= step:
+        yield _ALL
+        return
+    for start in range(0, length, step):
+        yield slice(start, start + step)
+
+
+def _cut(per_feature: Tensor, columns: slice) -> Tensor:
+    """The part of a per-feature tensor that belongs to a slab."""
+    return per_feature if columns == _ALL else per_feature[..., columns]
+
+
+def _by_onednn(x: Tensor, y: Tensor) -> bool:
+    """Whether oneDNN multiplies x @ y.T fastest."""
+    large = 2 * x.shape[0] * x.shape[1] * y.shape[0] > ONEDNN_MIN_FLOPS
+    return (
+        large
+        and x.device.type == "cpu"
+        and x.shape[0] <= ONEDNN_MAX_ROWS
+        and x.dtype == torch.float32
+        and _ONEDNN is not None
+    )
+
+
+def _matmul_t(
+    x: Tensor, y: Tensor, input_dtype: torch.dtype, bias: Tensor | None = None
+) -> Tensor:  # [M, K], [L, K], [L] -> [M, L]
+    """x @ y.T + bias by the library that multiplies fastest; on accelerators in the inputs' dtype with float32 sums."""
+    if _by_onednn(x, y):
+        return _ONEDNN(x, y, bias, "none", [], "")
+    if x.device.type != "cpu" and input_dtype in (torch.float16, torch.bfloat16):
+        product = accelerator.matmul(x.to(input_dtype), y.to(input_dtype).T)
+        return product if bias is None else product.add_(bias)
+    return x @ y.T if bias is None else torch.addmm(bias, x, y.T)

@@ -1,0 +1,225 @@
+"""The direct route for CPUs: C, and its gradient, by three products and as few passes over the inputs as possible.
+
+Views are centred but never scaled: what is one number for each feature goes into the (D, D) matrices. With A and B
+centred, r their features' rstd, and C0 the correlation matrix with its diagonal set to 0,
+
+    C0     = r_a (A^T B) r_b / N                         off the diagonal
+    grad_a = B G^T + A * of_a                            G = r_a (alpha C0 + d I) r_b,   of_a = -kappa_a r_a^2 m_a
+    grad_b = A G   + B * of_b                            m_a,i = alpha sum_j C0_ij^2 + d_i C_ii
+
+where alpha, d and m are those of ``torch_slabs.input_grad``. A product is added to what is in its place already, so the
+gradient takes one elementwise pass a view, where batch norm's takes several.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..reference import BarlowTwinsTerms
+from .slabs import (
+    _ALL,
+    KEEP_ELEMENTS,
+    NARROW_SLAB,
+    Normalized,
+    _by_onednn,
+    _compute_dtype,
+    _matmul_t,
+    _scalar,
+    _slabs,
+    _stack,
+    _terms,
+)
+
+KEEP_TALL = 2**21  # inputs up to this size keep their centred views: making them again takes another pass
+FEW_ROWS = 128  # of which a first mean is taken
+MIN_ONEDNN_OUTPUT = 256  # rows and columns of A^T B: below that, oneDNN leaves cores idle
+
+
+def correlate(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[BarlowTwinsTerms, Tensor]:
+    """The terms, and C with its diagonal set to 0, (D, D). 2 N D^2 FLOPs, in one pass over slabs of rows.
+
+    Where there are several slabs, rows are first centred by the mean of a few of them, and what is left of the mean is
+    taken off the sums. If that is much, these few were not like the others: then it is done again by the mean of all.
+    """
+    n = x.z_a.shape[0]
+    if x.normalization is None:
+        c, moments, *_ = _sums(x, None)
+        x.c = moments[2, 0]
+        return _terms_of(x, c.mul_(1 / n), lambd, scale)[0], c
+    whole = _one_slab(x.z_a)
+    shift = _means(x, 1 if whole else -(-n // FEW_ROWS))
+    c, moments, rest, kept = _sums(x, shift)
+    if not whole:
+        if _some(2 * rest.square() > moments[:2]):  # further off than the feature's deviation
+            del kept
+            shift = _means(x, 1)
+            c, moments, rest, kept = _sums(x, shift)
+        of_rest = torch.cat((rest * rest, rest[:1] * rest[1:]))
+        moments -= of_rest
+        moments[:2].clamp_min_(0)  # a constant feature's variance may be rounded to less
+        c.addr_(rest[0, 0], rest[1, 0], alpha=-n)
+    first = kept
+    if kept is None:
+        first = shift + rest  # the mean, rounded
+        rest = rest - (first - shift)
+    elif whole:
+        rest = rest[:0]
+    rstd = x.normalization.rstd(moments[:2], n)
+    x.c = (moments[2, 0] * rstd[0, 0]).mul_(rstd[1, 0])
+    terms, squares = _terms_of(x, c.mul_((rstd[0] / n).T).mul_(rstd[1]), lambd, scale)
+    x.stats = (rstd, moments[:2], first, rest, squares)
+    return terms, c
+
+
+def empty_stats(z: Tensor) -> list[Tensor]:
+    """Empty tensors of the shapes and dtypes of ``stats`` after the variance: what is centred by the mean and kept, or
+    the mean; the mean of what was left then, [0] if that was taken off; C0's squares, summed by row and column.
+    """
+    n, d = z.shape
+    keep = keeps(n * d, z.dtype)
+    first, rest = (2, n if keep else 1, d), (0 if keep and _one_slab(z) else 2, 1, d)
+    return [z.new_empty(shape, dtype=_compute_dtype(z)) for shape in (first, rest, (2, d))]
+
+
+def _means(x: Normalized, step: int) -> Tensor:  # [2, 1, D]
+    """Each feature's mean over every step-th row."""
+    mean = x.z_a.new_empty(2, 1, x.z_a.shape[1], dtype=_compute_dtype(x.z_a))
+    for view, z in enumerate((x.z_a, x.z_b)):
+        z = z[::step] if step > 1 else z
+        if z.dtype == mean.dtype:
+            torch.mean(z, 0, out=mean[view, 0])
+            continue
+        for s in _slabs(z.shape[1], z.shape[0], NARROW_SLAB):  # operators would copy all of z to the other dtype
+            torch.mean(z[:, s], 0, dtype=mean.dtype, out=mean[view, 0, s])
+    return mean
+
+
+def _sums(x: Normalized, shift: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Of A and B, the views less ``shift``: A^T B; means of a a, b b and a b, [3, 1, D]; means; and A and B if kept.
+
+    The diagonal a b is summed by itself: where C_ii is close to 1 the gradient is a small difference, for which the
+    product's sums over N samples are not exact enough. If there is one slab, its means are removed, and then returned.
+    """
+    n, d = x.z_a.shape
+    slabs = list(_slabs(n, d))
+    kept = None
+    if shift is not None and keeps(x.z_a.numel(), x.z_a.dtype):
+        kept = shift.new_empty(2, n, d)
+    product = moments = rest = slab = square = None
+    for rows in slabs:
+        slab = _stack(x.z_a, x.z_b, rows, _ALL, less=shift, out=slab if kept is None else kept[:, rows])
+        if shift is not None:
+            rest = _add(rest, slab.sum(1, keepdim=True))
+            if len(slabs) == 1:
+                slab -= rest.div_(n)
+        if square is None or square.shape[1] != slab.shape[1]:
+            square = slab.new_empty(3, *slab.shape[1:])
+        torch.mul(slab, slab, out=square[:2])
+        torch.mul(slab[0], slab[1], out=square[2])
+        moments = _add(moments, square.sum(1, keepdim=True))
+        if kept is None:
+            product = _add_product(product, slab)
+    if kept is not None:
+        product = _add_product(None, kept)
+    return product, moments.div_(n), rest if rest is None or len(slabs) == 1 else rest.div_(n), kept
+
+
+def _terms_of(x: Normalized, c: Tensor, lambd: float, scale: float) -> tuple[BarlowTwinsTerms, Tensor]:  # [], [2, D]
+    """The terms from C, whose diagonal is set to 0, and the sums of its rows' and its columns' squares."""
+    squares = c.new_empty(2, c.shape[0])
+    square = c.fill_diagonal_(0) * c
+    for view in range(2):
+        torch.sum(square, 1 - view, out=squares[view])
+    return _terms(x, _scalar(squares[0].sum(dtype=torch.float64)), lambd, scale), squares
+
+
+def keeps(elements: int, dtype: torch.dtype) -> bool:
+    """Whether the centred views are kept. Those of inputs in half precision take twice the inputs' room."""
+    return elements <= (KEEP_TALL if dtype.itemsize >= 4 else KEEP_ELEMENTS)
+
+
+def _one_slab(z: Tensor) -> bool:
+    return next(_slabs(*z.shape)) == _ALL
+
+
+def _centred(x: Normalized, rows: slice, out: Tensor | None) -> Tensor:  # [2, rows, D]
+    """Some samples of both views, less the mean as it was rounded."""
+    if x.kept is not None:
+        return x.kept[:, rows]
+    return _stack(x.z_a, x.z_b, rows, _ALL, less=x.stats[2] if x.stats else None, out=out)
+
+
+def _some(mask: Tensor) -> bool:
+    """Whether a mask holds anywhere; never in tensors without data."""
+    return type(mask) is Tensor and bool(mask.any())
+
+
+def _add(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total.add_(part)
+
+
+def _add_product(product: Tensor | None, slab: Tensor) -> Tensor:  # [D, D], [2, N, D] -> [D, D]
+    """product + A^T B."""
+    a, b = slab
+    if _by_onednn(a.T, b.T) and a.shape[1] >= MIN_ONEDNN_OUTPUT:
+        return _add(product, _matmul_t(a.T, b.T, a.dtype))
+    return a.T @ b if product is None else torch.addmm(product, a.T, b, out=product)
+
+
+def input_grad(
+    x: Normalized, c: Tensor, alpha: Tensor | float, d: Tensor, views: list[int]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients by the formulas above, of the views that ``views`` names; 2 N D^2 FLOPs each."""
+    n, features = x.z_a.shape
+    slabs = list(_slabs(n, features))
+    blocks = slabs if x.kept is None else [_ALL]
+    rest = x.stats[3] if x.stats and x.stats[3].numel() else None
+    # with D larger than N, m = r_a mean_n(A_hat * (B G^T)) is the more exact of the two
+    m_from_c = features <= n or len(slabs) > 1
+    constant = [None, None]  # what the rounded means make of the gradient, to be taken off
+    if x.normalization is None:
+        g = c * alpha
+        g.diagonal().copy_(d)
+    else:
+        rstd, var, *_, squares = x.stats
+        g = (c * (rstd[0] * alpha).T).mul_(rstd[1])
+        g.diagonal().copy_((rstd[0, 0] * d).mul_(rstd[1, 0]))
+        of_own = (rstd * rstd).mul_(-x.normalization.kappa(var, n))
+        if m_from_c:
+            of_own *= (squares * alpha).add_(d * x.c)[:, None]
+            if rest is not None:
+                for view in views:
+                    of_rest = torch.addmm(rest[view] * of_own[view], rest[1 - view], g if view else g.T)
+                    constant[view] = of_rest.neg_()[0]
+    grads: list[Tensor | None] = [None, None]
+    if len(blocks) > 1:
+        for view in views:
+            grads[view] = torch.empty_like((x.z_a, x.z_b)[view])
+    slab = None
+    for rows in blocks:
+        slab = _centred(x, rows, out=slab)
+        if rest is not None and not m_from_c:
+            slab -= rest
+        added = m_from_c and x.normalization is not None and not _by_onednn(slab[0], g)
+        for view in views:
+            own, other, right = slab[view], slab[1 - view], g if view else g.T
+            here = grads[view][rows] if len(blocks) > 1 else None
+            out = here if here is not None and here.dtype == own.dtype else None
+            if added:  # the product is added to what is there, which costs it nothing
+                if constant[view] is None:
+                    p = torch.mul(own, of_own[view], out=out)
+                else:
+                    p = torch.addcmul(constant[view], own, of_own[view], out=out)
+                p.addmm_(other, right)
+            else:
+                p = _matmul_t(other, right.T, x.z_a.dtype, constant[view])
+                if x.normalization is not None:
+                    of_p = of_own[view] if m_from_c else of_own[view] * (own * p).mean(0)
+                    p = torch.addcmul(p, own, of_p, out=p if out is None else out)
+            if here is None:
+                grads[view] = p.to(x.z_a.dtype)
+            elif p is not here:
+                here.copy_(p)
+            del p  # before the next one is made
+    return grads[0], grads[1]
