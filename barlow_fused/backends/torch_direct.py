@@ -45,7 +45,7 @@ def correlate(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tup
     n = x.z_a.shape[0]
     if x.normalization is None:
         c, moments, *_ = _sums(x, None)
-        x.c = moments[2, 0]
+        x.c = moments[2, 0].clone()  # torch.compile wants results that begin where their memory does
         return _terms_of(x, c.mul_(1 / n), lambd, scale)[0], c
     whole = _one_slab(x.z_a)
     shift = _means(x, 1 if whole else -(-n // FEW_ROWS))

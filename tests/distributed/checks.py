@@ -583,7 +583,9 @@ def auto_is_what_every_rank_has_verified() -> None:
         for route, on_last in of_last.items():
             with mock.patch.object(agreement, "fastest_over_ranks", order):
                 z_a, z_b = map(own, views(16, 400))
-                part = agreement.agree(z_a, z_b, Options(route=route, gradient="official"), dist.group.WORLD)
+                part = agreement.agree(
+                    z_a, z_b, Options(route=route, group="world", gradient="official"), dist.group.WORLD
+                )
             of_first = everywhere if last else on_last
             assert part.rules.backend == next(name for name in of_first if name in on_last)
     ranks = last + 1

@@ -176,4 +176,7 @@ def test_without_a_process_group():
     loss = BarlowTwinsLoss(group="world", gradient="official")  # may be made before
     with pytest.raises(RuntimeError, match="init_process_group"):
         loss(z, z)
-    assert torch.equal(barlow_twins_loss(z, z, gradient="lightly", statistics="local"), barlow_twins_loss(z, z))
+    for about in ({"gradient": "lightly"}, {"statistics": "local"}, {"reduce_dtype": torch.float32}):
+        (name,) = about
+        with pytest.raises(ValueError, match=f"{name} is about several processes"):
+            barlow_twins_loss(z, z, **about)

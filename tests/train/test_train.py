@@ -68,7 +68,16 @@ def run(tmp_path_factory):
 
 def test_a_run_writes_every_artefact(run):
     assert {path.name for path in run.iterdir()} == {
-        *("checkpoints", "config.toml", "encoder.pt", "knn.jsonl", "metrics.jsonl", "results.json", "tensorboard"),
+        *(
+            ".lock",
+            "checkpoints",
+            "config.toml",
+            "encoder.pt",
+            "knn.jsonl",
+            "metrics.jsonl",
+            "results.json",
+            "tensorboard",
+        ),
         *("cross_correlation.png", "knn.png", "loss.png", "spectrum.png", "views.png"),
     }
     for picture in run.glob("*.png"):
