@@ -1,9 +1,10 @@
 """Which route and which backend a call takes.
 
 A choice is made in this order: the argument of the call, then :func:`configure`, then the environment variables
-``BARLOW_FUSED_ROUTE`` and ``BARLOW_FUSED_BACKEND``, then the rule for ``"auto"``. The route follows from the shape. The
-backend follows from the record of this GPU, which says what is right on it and what is the fastest; without a record it
-is PyTorch's operators. A call never waits for a verification, unless ``BARLOW_FUSED_VERIFY=block`` says so.
+``BARLOW_FUSED_ROUTE`` and ``BARLOW_FUSED_BACKEND`` as they were at import, then the rule for ``"auto"``. The route
+follows from the shape. The backend follows from the record of this GPU, which says what is right on it and what is the
+fastest; without a record it is PyTorch's operators. A call never waits for a verification, unless
+``BARLOW_FUSED_VERIFY=block`` says so.
 """
 
 from __future__ import annotations
@@ -197,7 +198,8 @@ def verify_first(device: torch.device, wanted: bool = True) -> None:
 
 
 def forget() -> None:
-    """Look for records again. What has been computed until now may have been chosen by another one."""
+    """Read the environment and look for records again. What was computed until now may have been chosen by others."""
+    _environment.update(_read_environment())
     _records.clear()
     _fastest.cache_clear()
     _verified.cache_clear()
@@ -239,8 +241,17 @@ def _resolve(name: str, value: str, accepted: tuple[str, ...]) -> str:
     for layer in reversed(_layers):
         if name in layer:
             return layer[name]
-    variable = f"BARLOW_FUSED_{name.upper()}"
-    return _check(variable, os.environ.get(variable) or "auto", accepted)
+    variable, value = _environment[name]
+    return _check(variable, value, accepted)
+
+
+def _read_environment() -> dict[str, tuple[str, str]]:
+    """Of each setting, the variable and its value."""
+    variables = {"route": "BARLOW_FUSED_ROUTE", "backend": "BARLOW_FUSED_BACKEND"}
+    return {name: (variable, os.environ.get(variable) or "auto") for name, variable in variables.items()}
+
+
+_environment = _read_environment()  # once: a call would spend 5 us on each
 
 
 def _check(name: str, value: str, accepted: tuple[str, ...]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 
@@ -72,3 +73,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
             return nodeid
 
     return Scheduling(config, log)
+
+
+@pytest.fixture(autouse=True)
+def _environment_read_again() -> Iterator[None]:
+    """A process reads BARLOW_FUSED_ROUTE and BARLOW_FUSED_BACKEND once; a test may have changed them."""
+    yield
+    from barlow_fused import choice
+
+    choice._environment.update(choice._read_environment())

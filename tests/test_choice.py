@@ -22,6 +22,7 @@ from barlow_fused.verification.record import PASSED, Outcome, Record, Times, Uni
 def _nothing_set(monkeypatch):
     monkeypatch.delenv("BARLOW_FUSED_ROUTE", raising=False)
     monkeypatch.delenv("BARLOW_FUSED_BACKEND", raising=False)
+    choice.forget()
     with configure():
         yield
 
@@ -38,6 +39,7 @@ def test_the_gram_route_is_taken_up_to_n_equal_to_half_of_d(n, d, route):
 def test_an_argument_beats_configure_which_beats_the_environment(monkeypatch):
     assert choose_route("auto", 2, 100) == "gram"
     monkeypatch.setenv("BARLOW_FUSED_ROUTE", "direct")
+    choice.forget()
     assert choose_route("auto", 2, 100) == "direct"
     assert "BARLOW_FUSED_ROUTE" in plan(2, 100, device="h200").why
     with configure(route="gram"):
@@ -55,6 +57,7 @@ def test_the_same_holds_for_backends(monkeypatch):
     cpu = torch.device("cpu")
     assert choose_backend("auto", cpu) == "torch"
     monkeypatch.setenv("BARLOW_FUSED_BACKEND", "reference")
+    choice.forget()
     assert choose_backend("auto", cpu) == "reference"
     with configure(backend="torch"):
         assert choose_backend("auto", cpu) == "torch"
@@ -124,6 +127,7 @@ def test_an_argument_configure_and_the_environment_come_before_the_record(gpu, m
     assert choose_backend("auto", *where) == "triton"
     assert choose_backend("torch", *where) == "torch"
     monkeypatch.setenv("BARLOW_FUSED_BACKEND", "cuda")
+    choice.forget()
     assert choose_backend("auto", *where) == "cuda"
     with configure(backend="torch"):
         assert choose_backend("auto", *where) == "torch"
@@ -240,6 +244,7 @@ def test_a_wrong_setting_changes_nothing(monkeypatch):
     with pytest.raises(ValueError, match="route must be one of 'auto', 'gram', 'direct', got 'dual'"):
         configure(route="dual")
     monkeypatch.setenv("BARLOW_FUSED_ROUTE", "dual")
+    choice.forget()
     with pytest.raises(ValueError, match="BARLOW_FUSED_ROUTE must be one of"):
         choose_route("auto", 2, 100)
 

@@ -12,7 +12,7 @@ import types
 import pytest
 import torch
 
-from barlow_fused import __version__, backends, configure, doctor, nvcc
+from barlow_fused import __version__, backends, choice, configure, doctor, nvcc
 from barlow_fused.__main__ import main
 from barlow_fused.planning.network import Network
 from barlow_fused.planning.plan import plan
@@ -118,6 +118,7 @@ def test_doctor_in_json(capsys):
 
 def test_doctor_shows_what_is_set_and_what_is_wrong_with_it(monkeypatch):
     monkeypatch.setenv("BARLOW_FUSED_ROUTE", "dual")
+    choice.forget()
     with configure(backend="reference"):
         text = " ".join(doctor.format_report(doctor.report()).split())
     assert "BARLOW_FUSED_ROUTE dual" in text

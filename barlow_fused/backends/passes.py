@@ -101,17 +101,31 @@ class Passes:
         """The terms, and what the backward pass needs (nothing where no gradient is wanted)."""
         a, b, device, dtype, empty = z_a.data_ptr(), z_b.data_ptr(), z_a.device, z_a.dtype, z_a.new_empty
         plan = self._forward_plan(
-            *(z_a.shape, dtype, z_a.stride(), z_b.stride(), a % VECTOR == 0, b % VECTOR == 0, device),
-            *(_tf32(z_a, dtype), spec.route, spec.normalization, need_grad, every_term),
+            z_a.shape,
+            dtype,
+            z_a.stride(),
+            z_b.stride(),
+            a % VECTOR == 0,
+            b % VECTOR == 0,
+            device,
+            _tf32(z_a, dtype),
+            spec.route,
+            spec.normalization,
+            need_grad,
+            every_term,
         )
         scratch = empty(plan.scratch.bytes, dtype=torch.uint8)
         saved = empty(plan.saved.bytes, dtype=torch.uint8) if need_grad else None
-        terms = tuple([empty((), dtype=torch.float32) for _ in range(3 if every_term else 1)])
-        plan.launch(
-            (a, b, saved.data_ptr() if need_grad else 0, scratch.data_ptr(), *[term.data_ptr() for term in terms]),
-            (z_a, z_b, saved, scratch, *terms),
-            *(spec.lambd, spec.scale, current_stream(device)),
-        )
+        loss = empty((), dtype=torch.float32)
+        tensors = (z_a, z_b, saved, scratch, loss)
+        addresses = (a, b, saved.data_ptr() if need_grad else 0, scratch.data_ptr(), loss.data_ptr())
+        terms = (loss,)
+        if every_term:
+            on_diag, off_diag = empty((), dtype=torch.float32), empty((), dtype=torch.float32)
+            tensors += (on_diag, off_diag)
+            addresses += (on_diag.data_ptr(), off_diag.data_ptr())
+            terms += (on_diag, off_diag)
+        plan.launch(addresses, tensors, spec.lambd, spec.scale, current_stream(device))
         return terms, [saved] if need_grad else []
 
     def backward(

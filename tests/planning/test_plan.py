@@ -9,7 +9,7 @@ import pytest
 import torch
 from tracing import Trace
 
-from barlow_fused import backends, barlow_twins_loss, configure, kappa, loss_floor
+from barlow_fused import backends, barlow_twins_loss, choice, configure, kappa, loss_floor
 from barlow_fused.backends import torch_slabs
 from barlow_fused.backends.operations import Spec
 from barlow_fused.normalization import CONVENTIONS
@@ -25,6 +25,7 @@ H200 = devices.KNOWN["h200"]
 def _nothing_set(monkeypatch):
     monkeypatch.delenv("BARLOW_FUSED_ROUTE", raising=False)
     monkeypatch.delenv("BARLOW_FUSED_BACKEND", raising=False)
+    choice.forget()
     with configure():
         yield
 
