@@ -31,7 +31,8 @@ def apply(z_a: Tensor, z_b: Tensor, spec: Spec, every_term: bool) -> tuple[Tenso
         return _FunctionalTransformFunction.apply(z_a, z_b, spec)[: 3 if every_term else 1]
     if torch.is_grad_enabled() and (z_a.requires_grad or z_b.requires_grad):
         return BarlowTwinsFunction.apply(z_a, z_b, spec, every_term)
-    return _run_forward(z_a, z_b, spec, False, every_term)[0]
+    run = _run_operator if torch.compiler.is_compiling() else _passes(spec, z_a).forward
+    return run(z_a, z_b, spec, False, every_term)[0]
 
 
 class BarlowTwinsFunction(torch.autograd.Function):
@@ -39,7 +40,11 @@ class BarlowTwinsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z_a: Tensor, z_b: Tensor, spec: Spec, every_term: bool) -> tuple[Tensor, ...]:
-        terms, saved = _run_forward(z_a, z_b, spec, True, every_term)
+        if torch.compiler.is_compiling():
+            terms, saved = _run_operator(z_a, z_b, spec, True, every_term)
+        else:
+            ctx.passes = _passes(spec, z_a)
+            terms, saved = ctx.passes.forward(z_a, z_b, spec, True, every_term)
         _save(ctx, z_a, z_b, saved, spec)
         return terms
 
@@ -56,7 +61,7 @@ class BarlowTwinsFunction(torch.autograd.Function):
         elif torch.is_grad_enabled():  # create_graph=True, or torch.func
             grads = _FirstDerivative.apply(z_a, z_b, *g_terms, needs, spec, *saved)
         else:
-            grads = _passes(spec, z_a).backward(z_a, z_b, saved, spec, g_terms, needs)
+            grads = ctx.passes.backward(z_a, z_b, saved, spec, g_terms, needs)
         return *grads, None, None
 
 
@@ -68,24 +73,27 @@ class _FunctionalTransformFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(z_a: Tensor, z_b: Tensor, spec: Spec) -> tuple[Tensor, ...]:
-        terms, saved = _run_forward(z_a, z_b, spec, True, True)
+        run = _run_operator if torch.compiler.is_compiling() else _passes(spec, z_a).forward
+        terms, saved = run(z_a, z_b, spec, True, True)
         return *terms, *saved
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
+        z_a, z_b, spec = inputs
         ctx.mark_non_differentiable(*output[3:])
-        _save(ctx, inputs[0], inputs[1], output[3:], inputs[2])
+        _save(ctx, z_a, z_b, output[3:], spec)
+        if not torch.compiler.is_compiling():
+            ctx.passes = _passes(spec, z_a)
 
     @staticmethod
     def backward(ctx, *grads):
         return BarlowTwinsFunction.backward(ctx, *grads)[:3]
 
 
-def _run_forward(
+def _run_operator(
     z_a: Tensor, z_b: Tensor, spec: Spec, need_grad: bool, every_term: bool
 ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-    if not torch.compiler.is_compiling():
-        return _passes(spec, z_a).forward(z_a, z_b, spec, need_grad, every_term)
+    """A forward pass in a graph that is being traced."""
     *terms, saved = torch.ops.barlow_fused.forward(z_a, z_b, need_grad, *_flatten(spec))
     return tuple(terms if every_term else terms[:1]), saved
 
