@@ -79,7 +79,7 @@ BARLOW_DEVICE void arrive(const Arrival (&arrivals)[COUNT], bool (&last)[COUNT],
     fence_device();
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) {
-      if (scratch[i] == arrivals[i].blocks - 1) *arrivals[i].counter = 0;
+      if (scratch[i] == arrivals[i].blocks - 1) reset_tickets(arrivals[i].counter);
     }
   }
   Team::barrier();

@@ -35,6 +35,10 @@ BARLOW_DEVICE int draw_ticket(int* counter) {
   asm volatile("atom.add.relaxed.gpu.global.s32 %0, [%1], 1;" : "=r"(ticket) : "l"(counter) : "memory");
   return ticket;
 }
+// Not a plain store: fences order what comes before the other blocks' tickets, not these themselves.
+BARLOW_DEVICE void reset_tickets(int* counter) {
+  asm volatile("st.relaxed.gpu.global.s32 [%0], 0;" ::"l"(counter) : "memory");
+}
 BARLOW_DEVICE void fence_device() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 // ---- Numbers --------------------------------------------------------------------------------------------------------

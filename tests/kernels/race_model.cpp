@@ -90,21 +90,33 @@ struct Blocks : Small {
 };
 
 // Every block leaves a number and draws a ticket, the last adds.
-struct Ticket : Small {
+template <class Kernel>
+void add_in_turn(const Params& p, bool barrier_before, bool fence_before, bool fence_after) {
+  p.x[block_id() * Kernel::threads + thread()] = 1.f;
+  if (barrier_before) barrier();
+  if (thread() == 0) {
+    if (fence_before) fence_device();
+    shared()[0] = static_cast<float>(draw_ticket(p.counter));
+    if (fence_after) fence_device();
+  }
+  barrier();
+  if (shared()[0] != Kernel::blocks - 1) return;
+  for (int b = 0; b < Kernel::blocks; ++b) use(p.x[b * Kernel::threads + 63 - thread()]);
+}
+struct Ticket : Small {  // one thread's ticket does not speak for the others
   static constexpr const char* name = "ticket";
   static constexpr int blocks = 3;
-  static void run(const Params& p) {
-    p.x[block_id() * threads + thread()] = 1.f;
-    if (p.right) barrier();  // else one thread's ticket does not speak for the others
-    if (thread() == 0) {
-      int ticket;
-      ticket = draw_ticket(p.counter);
-      shared()[0] = static_cast<float>(ticket);
-    }
-    barrier();
-    if (shared()[0] != blocks - 1) return;
-    for (int b = 0; b < blocks; ++b) use(p.x[b * threads + 63 - thread()]);
-  }
+  static void run(const Params& p) { add_in_turn<Ticket>(p, p.right, true, true); }
+};
+struct Release : Small {
+  static constexpr const char* name = "release";
+  static constexpr int blocks = 3;
+  static void run(const Params& p) { add_in_turn<Release>(p, true, p.right, true); }
+};
+struct Acquire : Small {
+  static constexpr const char* name = "acquire";
+  static constexpr int blocks = 3;
+  static void run(const Params& p) { add_in_turn<Acquire>(p, true, true, p.right); }
 };
 
 struct PlainCounter : Small {
@@ -351,9 +363,10 @@ int main(int count, char** arguments) {
   const std::string name = count > 1 ? arguments[1] : "";
   const bool right = count > 2 && std::strcmp(arguments[2], "right") == 0;
   try {
-    const bool found = any_is<Barrier, WarpBarrier, OtherWarp, Shuffle, Named, Neighbours, Blocks, Ticket, PlainCounter,
-                              CopyAsync, OthersCopies, Tma, InitFence, ProxyFence, ReadThenCopied, Accumulators,
-                              Factors, Cluster, EarlyEnd, ClusterScope, Launches>(name, right);
+    const bool found =
+        any_is<Barrier, WarpBarrier, OtherWarp, Shuffle, Named, Neighbours, Blocks, Ticket, Release, Acquire,
+               PlainCounter, CopyAsync, OthersCopies, Tma, InitFence, ProxyFence, ReadThenCopied, Accumulators, Factors,
+               Cluster, EarlyEnd, ClusterScope, Launches>(name, right);
     return found || name.empty() ? 0 : 2;
   } catch (const std::exception& error) {
     std::printf("%s\n", error.what());

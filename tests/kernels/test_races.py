@@ -1,6 +1,6 @@
 """Races of the CUDA kernels: pytest --kernels races, in the emulation with its race detector (csrc/gpu/emulation).
 
-BARLOW_RACE_SEEDS=100 tries that many seeds, BARLOW_MUTATIONS=all leaves out every barrier, wait, fence and ticket.
+BARLOW_RACE_SEEDS=100 tries that many seeds, BARLOW_MUTATIONS=all leaves out every barrier, wait and fence.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ SITES = {site.name: site for site in sites()}
 TELLING = (  # one of each kind
     "blocks/multiply.h run: barrier() #2",
     "blocks/multiply.h run: copy_async_wait<STAGES - 2>()",
-    "blocks/reduce.h arrive: draw_ticket(arrivals[i].counter) acquire",
-    "blocks/reduce.h arrive: draw_ticket(arrivals[i].counter) release",
+    "blocks/reduce.h arrive: fence_device()",
+    "blocks/reduce.h arrive: fence_device() #2",
     "blocks/reduce.h arrive: Team::barrier()",
     "blocks/hopper_multiply.h begin: mbarrier_fence_init()",
     "blocks/hopper_multiply.h end: cluster_barrier()",

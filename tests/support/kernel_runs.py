@@ -84,10 +84,11 @@ def _partial(route: str, n: int, d: int, dtype: torch.dtype) -> Callable[[], flo
 
 F32, BF16 = torch.float32, torch.bfloat16
 # Hopper's kernels need rows of whole 16 bytes: D is a multiple of 8
-ONE_CLUSTER, SEVERAL = (90, 2), (90, 16)  # one takes all of a launch's work; some work side by side
-AMPERE = (80, 8)
-# name: compute capability and multiprocessors, what runs and returns its relative error, how large that may be
-RUNS: dict[str, tuple[tuple[int, int], Callable[[], float], float]] = {
+ONE_CLUSTER = {"capability": 90, "multiprocessors": 2, "clusters": {2: 1, 4: 1, 8: 1}}  # takes all of a launch's work
+SEVERAL = {"capability": 90, "multiprocessors": 16}  # work side by side
+AMPERE = {"capability": 80, "multiprocessors": 8}
+# name: the device, what runs and returns its relative error, how large that may be
+RUNS: dict[str, tuple[dict[str, object], Callable[[], float], float]] = {
     "gram (33, 100) bfloat16": (AMPERE, _loss("gram", 33, 100, BF16), 1e-2),
     "gram (70, 100) float32": (AMPERE, _loss("gram", 70, 100, F32), 1e-5),
     "gram (130, 70) float32": (AMPERE, _loss("gram", 130, 70, F32), 1e-3),
@@ -99,10 +100,12 @@ RUNS: dict[str, tuple[tuple[int, int], Callable[[], float], float]] = {
     "partial correlate (33, 70)": (AMPERE, _partial("direct", 33, 70, BF16), 1e-2),
     "Hopper: gram (65, 200)": (ONE_CLUSTER, _loss("gram", 65, 200, BF16), 1e-2),
     "Hopper: direct (65, 304)": (ONE_CLUSTER, _loss("direct", 65, 304, BF16), 1e-2),
+    "Hopper: normalize (1040, 40)": (ONE_CLUSTER, _loss("direct", 1040, 40, BF16), 1e-2),
+    "Hopper: partial gram (140, 128)": (ONE_CLUSTER, _partial("gram", 140, 128, BF16), 1e-2),
     "Hopper: gram (140, 304)": (ONE_CLUSTER, _loss("gram", 140, 304, BF16), 1e-2),
     "Hopper: gram (140, 304) none": (ONE_CLUSTER, _loss("gram", 140, 304, BF16, "none"), 1e-2),
     "Hopper, several clusters: gram (140, 304)": (SEVERAL, _loss("gram", 140, 304, BF16), 1e-2),
-    "Hopper, several clusters: direct (65, 520)": ((90, 8), _loss("direct", 65, 520, BF16), 1e-2),
+    "Hopper, several clusters: direct (65, 520)": (SEVERAL, _loss("direct", 65, 520, BF16), 1e-2),
     "Hopper: gram (520, 80)": (ONE_CLUSTER, _loss("gram", 520, 80, BF16), 1e-1),
     "Hopper: gram (1040, 80)": (ONE_CLUSTER, _loss("gram", 1040, 80, BF16), 1e-1),
 }
@@ -111,7 +114,7 @@ RUNS: dict[str, tuple[tuple[int, int], Callable[[], float], float]] = {
 def outcome(module: ModuleType, name: str, watch: bool, **variables: str) -> str:
     """What a run says: nothing where it is right; "race: ..." and so on where a launch fails; "wrong by ..."."""
     device, run, tolerance = RUNS[name]
-    module.emulate(*device)
+    module.emulate(**device)
     module.watch(watch)
     try:
         with environment(**variables), kernels_of(module):

@@ -1,4 +1,4 @@
-"""Every barrier, wait, fence and ticket of the CUDA kernels, left out once: which detector notices?
+"""Every barrier, wait and fence of the CUDA kernels, left out once: which detector notices?
 
     python tests/support/mutations.py            writes the table, docs/races.md: about ten minutes on two cores
     python tests/support/mutations.py reduce.h   prints the rows whose names contain that

@@ -1,4 +1,4 @@
-"""Every place of csrc/ where threads are ordered: barriers, waits, fences and tickets."""
+"""Every place of csrc/ where threads are ordered: barriers, waits and fences."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ PRIMITIVES = (
     "wgmma_fence",
     "wgmma_wait",
     "copy_async_wait",
-    "draw_ticket",
+    "fence_device",
 )
 CALL = re.compile(rf"((?:\w+::)?({'|'.join(PRIMITIVES)}))(?:<[^>]*>)?\((?!BARLOW)")
 FUNCTION = re.compile(r"BARLOW_DEVICE [^=;]*?(\w+)\(")
-PARTS = {"draw_ticket": (" acquire", " release")}  # what it does for those before and after it
 
 
 class Site(NamedTuple):
@@ -32,17 +31,16 @@ class Site(NamedTuple):
     call: str  # as it stands there, of several alike with its number
     line: int
     primitive: str
-    part: str
 
     @property
     def name(self) -> str:
         """What does not change when lines move."""
-        return f"{self.file} {self.function}: {self.call}{self.part}"
+        return f"{self.file} {self.function}: {self.call}"
 
     @property
     def drop(self) -> str:
         """For BARLOW_EMULATION_DROP."""
-        return f"{self.file}:{self.line}{self.part}"
+        return f"{self.file}:{self.line}"
 
 
 def sites() -> list[Site]:
@@ -61,6 +59,5 @@ def sites() -> list[Site]:
                 alike = count[function, call] = count.get((function, call), 0) + 1
                 name = f"{call} #{alike}" if alike > 1 else call
                 file = str(path.relative_to(SOURCES))
-                for part in PARTS.get(match[2], ("",)):
-                    found.append(Site(file, function, name, number, match[2], part))
+                found.append(Site(file, function, name, number, match[2]))
     return found

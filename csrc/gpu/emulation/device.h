@@ -54,18 +54,26 @@ T shuffle_xor(T x, int mask) {
   return mine.taken;
 }
 
-inline int draw_ticket(int* counter, Site site = Site::here()) {
+inline int draw_ticket(int* counter) {
   emulation::pause(2);
   int ticket;
   {
     const emulation::races::Quiet quiet;
-    const bool acquires = !emulation::dropped(site, "acquire"), releases = !emulation::dropped(site, "release");
     emulation::races::update(counter, sizeof(int));
-    emulation::races::ticket(counter, acquires, releases);
+    emulation::races::ticket(counter);
     ticket = (*counter)++;
   }
   emulation::pause(2);
   return ticket;
+}
+inline void reset_tickets(int* counter) {
+  const emulation::races::Quiet quiet;
+  emulation::races::update(counter, sizeof(int));
+  *counter = 0;
+}
+inline void fence_device(Site site = Site::here()) {
+  if (emulation::dropped(site)) return;
+  emulation::races::fence_device();
 }
 
 // ---- Numbers --------------------------------------------------------------------------------------------------------

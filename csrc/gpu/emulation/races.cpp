@@ -112,6 +112,7 @@ struct Registers {
 // A thread's clock leaves out what it knows of itself.
 struct Thread {
   Clock clock;
+  Clock at_fence, drawn;  // what its tickets hand on, and what they have brought that its next fence makes known
   uint32_t epoch = 1, fenced_epoch = 0;
   uint32_t copier = 0;                                      // the channel of its cp.async, when there is any
   uint32_t copies = 0, copies_done = 0, copies_fenced = 0;  // groups of cp.async
@@ -581,41 +582,39 @@ void Mailbox::take(Scope scope) const {
   }
 }
 
-void ticket(const void* counter, bool acquires, bool releases) {
+void ticket(const void* counter) {
   if (!state.this_launch) return;
   const int id = state.cluster->id;
-  if (acquires) {
-    for (const Order order : orders) {
-      const auto& left = state.tickets[order][counter];
-      if (left == nullptr) continue;
-      Clock::One& known = state.thread->clock.of[order];
+  for (const Order order : orders) {
+    auto& left = state.tickets[order][counter];
+    const Clock::One& gives = state.thread->at_fence.of[order];
+    auto all = left != nullptr ? std::make_shared<Rows>(*left) : std::make_shared<Rows>();
+    const auto add = [&all](int cluster, const Row& row) { (*all)[cluster] = join((*all)[cluster], row); };
+    if (left != nullptr) {
       auto others = std::make_shared<Rows>(*left);
+      Clock::One takes;
       const auto own = others->find(id);
       if (own != others->end()) {
-        known.own = join(known.own, own->second);
+        takes.own = own->second;
         others->erase(own);
       }
-      known.others = join(known.others, others);
+      takes.others = std::move(others);
+      learn(state.thread->drawn.of[order], takes);
     }
-  }
-  if (releases) {
-    const Clock clock = clock_with_self();
-    for (const Order order : orders) {
-      auto& left = state.tickets[order][counter];
-      const Clock::One& known = clock.of[order];
-      auto now = left != nullptr ? std::make_shared<Rows>(*left) : std::make_shared<Rows>();
-      Row& own = (*now)[id];
-      own = join(own, known.own);
-      if (known.others != nullptr) {
-        for (const auto& [cluster, row] : *known.others) {
-          Row& other = (*now)[cluster];
-          other = join(other, row);
-        }
-      }
-      left = std::move(now);
+    if (gives.own != nullptr) add(id, gives.own);
+    if (gives.others != nullptr) {
+      for (const auto& [cluster, row] : *gives.others) add(cluster, row);
     }
+    left = std::move(all);
   }
-  ++state.thread->epoch;
+}
+
+void fence_device() {
+  if (!state.this_launch) return;
+  Thread& t = *state.thread;
+  for (const Order order : orders) learn(t.clock.of[order], t.drawn.of[order]);
+  t.at_fence = clock_with_self();
+  ++t.epoch;
 }
 
 void fence_async() {

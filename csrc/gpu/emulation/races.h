@@ -70,8 +70,10 @@ class Mailbox {
   std::shared_ptr<Clock> near_, far_;  // of this block, and of others with scope whole_cluster
 };
 
-// A ticket from a counter in global memory, drawn by an atomic that acquires and releases.
-void ticket(const void* counter, bool acquires, bool releases);
+// A ticket from a counter in global memory, drawn by a relaxed atomic: what this thread knew at its last fence is known
+// to who draws a later ticket, after the next fence there.
+void ticket(const void* counter);
+void fence_device();
 
 // What is ordered before this thread's fence is visible to the async proxy.
 void fence_async();
@@ -117,7 +119,8 @@ class Mailbox {
   void leave(Scope, bool) {}
   void take(Scope) const {}
 };
-inline void ticket(const void*, bool, bool) {}
+inline void ticket(const void*) {}
+inline void fence_device() {}
 inline void fence_async() {}
 inline void copy(const void*, const void*, size_t) {}
 inline void commit_copies() {}

@@ -2,8 +2,7 @@
 //
 // Every primitive that orders memory (a barrier, a wait, a fence, a ticket) takes the place of its call as a default
 // argument, so a kernel's text does not change. BARLOW_EMULATION_DROP="blocks/reduce.h:27" makes the primitive called
-// there do nothing: a fault, planted without compiling anything again. Of what does two things one is named,
-// "blocks/reduce.h:83 acquire". `reached_sites` are those that have run.
+// there do nothing: a fault, planted without compiling anything again. `reached_sites` are those that have run.
 #pragma once
 
 #include <cstdlib>
@@ -38,7 +37,7 @@ inline std::set<std::pair<std::string, int>>& reached_sites() {
 
 // The place that this launch leaves out.
 struct Drop {
-  std::string file, part;
+  std::string file;
   int line = 0;
   const char* last_file = nullptr;  // reached last: not looked up again
   int last_line = 0;
@@ -47,9 +46,7 @@ struct Drop {
     const char* given = std::getenv("BARLOW_EMULATION_DROP");
     const std::string text = given != nullptr ? given : "";
     const size_t colon = text.rfind(':');
-    const size_t space = text.find(' ', colon == std::string::npos ? 0 : colon);
     file = text.substr(0, colon);
-    part = space == std::string::npos ? "" : text.substr(space + 1);
     line = colon == std::string::npos ? 0 : std::atoi(text.c_str() + colon + 1);
     last_file = nullptr;
   }
@@ -59,8 +56,8 @@ inline Drop& drop() {
   return drop;
 }
 
-// Whether the primitive that is called at `site`, or that part of it, does nothing in this run.
-inline bool dropped(Site site, const char* part = "") {
+// Whether the primitive that is called at `site` does nothing in this run.
+inline bool dropped(Site site) {
   const races::Quiet quiet;
   Drop& d = drop();
   if (site.line != d.last_line || site.file != d.last_file) {
@@ -68,7 +65,7 @@ inline bool dropped(Site site, const char* part = "") {
     d.last_file = site.file;
     d.last_line = site.line;
   }
-  return d.line == site.line && d.part == part && d.file == short_name(site.file);
+  return d.line == site.line && d.file == short_name(site.file);
 }
 
 }  // namespace emulation
