@@ -6,6 +6,7 @@
 //
 // N = 8192, D = 2048: 128 tiles of 128 x 256 and 128 steps of 1024 cycles, one wave on 132 multiprocessors.
 #include <cmath>
+#include <type_traits>
 
 #include "blocks/grouped.h"
 #include "blocks/hopper_epilogue.h"
@@ -15,9 +16,10 @@
 namespace barlow {
 namespace {
 
-// OUT: what C0 is stored in, T or float.
-template <class T, class OUT>
+// C0 is stored as T, or as float.
+template <class T, bool TO_FLOAT>
 struct CorrelateJob {
+  using Out = std::conditional_t<TO_FLOAT, float, T>;
   using Product = HopperMultiply<T, 256, 4, 2, false, false>;
   using Place = typename Product::Place;
   static constexpr int cluster = Product::CLUSTER;
@@ -161,19 +163,19 @@ struct CorrelateJob {
 
   BARLOW_DEVICE void store_c(int i, int j, const float (&c)[2]) const {
     const Matrix& m = params.p.c;
-    OUT* const to = static_cast<OUT*>(m.data) + i * m.row_stride + j;
-    if (j + 1 < params.p.d && (sizeof(OUT) == 4 || params.pairs)) {
+    Out* const to = static_cast<Out*>(m.data) + i * m.row_stride + j;
+    if (j + 1 < params.p.d && (sizeof(Out) == 4 || params.pairs)) {
       store_two(to, c);
     } else if (j < params.p.d) {
-      to[0] = from_float<OUT>(c[0]);
-      if (j + 1 < params.p.d) to[1] = from_float<OUT>(c[1]);
+      to[0] = from_float<Out>(c[0]);
+      if (j + 1 < params.p.d) to[1] = from_float<Out>(c[1]);
     }
   }
 };
 
-template <class T, class OUT>
+template <class T, bool TO_FLOAT>
 void launch_correlate(const Correlate& p, Stream stream) {
-  using Job = CorrelateJob<T, OUT>;
+  using Job = CorrelateJob<T, TO_FLOAT>;
   using Kernel = HopperKernel<Job>;
   const auto what = [&p] { return launch_name(Kernel::name, p.n, p.d); };
   typename Kernel::Params params{};
@@ -193,15 +195,15 @@ void launch_correlate(const Correlate& p, Stream stream) {
 
 template <class T>
 void choose_correlate(const Correlate& p, Stream stream) {
-  if (p.c.data != nullptr && p.c.dtype == DType::float32) return launch_correlate<T, float>(p, stream);
-  launch_correlate<T, T>(p, stream);
+  if (p.c.data != nullptr && p.c.dtype == DType::float32) return launch_correlate<T, true>(p, stream);
+  launch_correlate<T, false>(p, stream);
 }
 
 }  // namespace
 
 bool hopper_can_correlate(const Correlate& p, int device) {
   const auto is_map = [&p](const Matrix& m) { return has_tensor_map(m) && m.dtype == p.a_hat.dtype; };
-  return is_hopper(device) && clusters_at_once<HopperKernel<CorrelateJob<bfloat16, bfloat16>>>(device) > 0 &&
+  return is_hopper(device) && clusters_at_once<HopperKernel<CorrelateJob<bfloat16, false>>>(device) > 0 &&
          p.block == 128 && is_map(p.a_hat) && is_map(p.b_hat) &&
          (p.z_a.data == nullptr || (is_map(p.z_a) && is_map(p.z_b)));
 }

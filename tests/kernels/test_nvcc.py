@@ -13,7 +13,7 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_90a", "sm_100")
 
 
 @pytest.fixture(scope="module")
-def kernels() -> list[sass.Kernel]:
+def code() -> list[sass.Kernel]:
     if sass.tool() is None:
         pytest.skip("needs cuobjdump, of CUDA or of the package triton")
     return sass.kernels_of(builds.compiled(), ("sm_90", "sm_90a"))
@@ -32,33 +32,33 @@ def test_no_kernel_spills_or_keeps_anything_in_local_memory():
     assert count["sm_90a"] >= 4  # those of hopper_*.cu
 
 
-def test_warm_up_knows_every_kernel(kernels):
+def test_warm_up_knows_every_kernel(code):
     """A module lists its kernels by their types, and warm_up goes through the list."""
     for path in (builds.compiled(), builds.emulated()):
         listed = sass.listed(builds.load(path))
         for architecture in ("sm_90", "sm_90a"):
-            of_code = {kernel.type for kernel in kernels if kernel.architecture == architecture}
+            of_code = {kernel.type for kernel in code if kernel.architecture == architecture}
             assert of_code == {
                 name for name, kernel in listed.items() if kernel["hopper"] == (architecture == "sm_90a")
             }
 
 
-def test_products_are_on_tensor_cores(kernels):
-    products = [k for k in kernels if k.architecture == "sm_90" and "8Multiply" in k.type]
+def test_products_are_on_tensor_cores(code):
+    products = [k for k in code if k.architecture == "sm_90" and "8Multiply" in k.type]
     assert len(products) >= 10
     assert [sass.label(k.type) for k in products if not k.count("HMMA") or not k.main_loop] == []
 
 
-def test_hopper_kernels_multiply_by_wgmma_and_load_by_tma(kernels):
-    products = [k for k in kernels if "HopperKernel" in k.type]
+def test_hopper_kernels_multiply_by_wgmma_and_load_by_tma(code):
+    products = [k for k in code if "HopperKernel" in k.type]
     assert products
     assert [sass.label(k.type) for k in products if not (k.count("HGMMA") and k.count("UTMALDG") and k.main_loop)] == []
 
 
-def test_normalize_has_no_division_and_two_blocks_a_multiprocessor(kernels):
+def test_normalize_has_no_division_and_two_blocks_a_multiprocessor(code):
     """FCHK is where a division of floats begins."""
     listed = sass.listed(builds.load(builds.emulated()))
-    of_normalize = [k for k in kernels if listed[k.type]["name"].startswith("normalize")]
+    of_normalize = [k for k in code if listed[k.type]["name"].startswith("normalize")]
     assert len(of_normalize) >= 15
     for kernel in of_normalize:
         assert kernel.count("FCHK") == 0, sass.label(kernel.type)
