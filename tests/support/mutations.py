@@ -77,6 +77,7 @@ class Row(NamedTuple):
 
 def kind(said: str) -> str:
     """A cell, from what a run said."""
+    assert "emulation/" not in said, f"the emulation races with itself: {said}"
     if "race: " in said:
         return "race"
     if said.startswith("wrong by"):

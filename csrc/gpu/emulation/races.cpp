@@ -117,7 +117,16 @@ struct Thread {
   uint32_t copier = 0;                                      // the channel of its cp.async, when there is any
   uint32_t copies = 0, copies_done = 0, copies_fenced = 0;  // groups of cp.async
   std::vector<Registers> lent;
-  std::vector<const void*> callers;  // where the functions that it is in were called
+  static constexpr int most_callers = 32;
+  const void* callers[most_callers];  // where the functions that it is in were called
+  int depth = 0;
+
+  std::vector<const void*> places(const void* pc) const {  // the innermost first
+    std::vector<const void*> all(1, pc);
+    for (int i = std::min(depth, most_callers); i > 0; --i) all.push_back(callers[i - 1]);
+    return all;
+  }
+  const void* caller() const { return depth > 0 && depth <= most_callers ? callers[depth - 1] : nullptr; }
 };
 
 // Actors: its threads, then its channels.
@@ -270,10 +279,8 @@ const char* verb(const Access& a, bool write) { return a.atomic ? "update" : wri
 void report(uintptr_t address, const Access& now, bool now_writes, const Access& before, bool before_wrote,
             Order order) {
   if (state.reports.size() >= 8 || !state.known.emplace(now.pc, before.pc).second) return;
-  std::vector<const void*> pcs(state.thread->callers.rbegin(), state.thread->callers.rend());
-  pcs.insert(pcs.begin(), now.pc);
   std::string text = "race: " + std::string(verb(now, now_writes)) + " of " + memory_at(address) + " by " + who(now) +
-                     ", " + place(pcs);
+                     ", " + place(state.thread->places(now.pc));
   text += before.epoch == UINT32_MAX ? "; the block has ended"
                                      : std::string("; not ordered after its ") + verb(before, before_wrote) + " by " +
                                            who(before) + ", " + place({before.pc, before.caller});
@@ -359,7 +366,7 @@ Access mine(const void* pc) {
   a.actor = static_cast<uint32_t>(state.index);
   a.epoch = state.thread->epoch;
   a.pc = pc;
-  a.caller = state.thread->callers.empty() ? nullptr : state.thread->callers.back();
+  a.caller = state.thread->caller();
   return a;
 }
 
@@ -367,10 +374,8 @@ void check_registers(uintptr_t address, size_t bytes, const void* pc) {
   for (const Registers& r : state.thread->lent) {
     if (address < r.end && address + bytes > r.begin && state.reports.size() < 8 &&
         state.known.emplace(pc, nullptr).second) {
-      std::vector<const void*> pcs(state.thread->callers.rbegin(), state.thread->callers.rend());
-      pcs.insert(pcs.begin(), pc);
       state.reports.push_back("race: the accumulators of a wgmma that thread " + std::to_string(state.index) +
-                              " has not waited for, " + place(pcs));
+                              " has not waited for, " + place(state.thread->places(pc)));
     }
   }
 }
@@ -378,6 +383,7 @@ void check_registers(uintptr_t address, size_t bytes, const void* pc) {
 // An access of a kernel's own code.
 inline void on_access(const void* p, size_t bytes, bool write, const void* pc) {
   if (!watching) return;
+  const Quiet quiet;  // functions of the standard library may be the watched copies of the kernels' files
   const uintptr_t address = reinterpret_cast<uintptr_t>(p);
   if (address - state.stack < state.stack_bytes) {
     if (!state.thread->lent.empty()) check_registers(address, bytes, pc);
@@ -528,12 +534,15 @@ Quiet::~Quiet() { watching = before_; }
 
 // Called by the emulation within Quiet or not: it means what it says.
 void read(const void* p, size_t bytes) {
+  const Quiet quiet;
   if (state.this_launch) access(reinterpret_cast<uintptr_t>(p), bytes, mine(__builtin_return_address(0)), false);
 }
 void write(const void* p, size_t bytes) {
+  const Quiet quiet;
   if (state.this_launch) access(reinterpret_cast<uintptr_t>(p), bytes, mine(__builtin_return_address(0)), true);
 }
 void update(const void* p, size_t bytes) {
+  const Quiet quiet;
   if (!state.this_launch) return;
   Access a = mine(__builtin_return_address(0));
   a.atomic = true;
@@ -543,6 +552,7 @@ void update(const void* p, size_t bytes) {
 // ---- What orders ----------------------------------------------------------------------------------------------------
 
 void meet(const std::vector<int>& threads) {
+  const Quiet quiet;
   if (!state.this_launch) return;
   Cluster& c = *state.cluster;
   Clock together = c.all[threads[0]].clock;
@@ -559,6 +569,7 @@ void meet(const std::vector<int>& threads) {
 Mailbox::Mailbox() : near_(std::make_shared<Clock>()), far_(std::make_shared<Clock>()) {}
 
 void Mailbox::leave(Scope scope, bool remote) {
+  const Quiet quiet;
   if (!state.this_launch) return;
   const Clock known = clock_with_self();
   auto near = std::make_shared<Clock>(*near_);
@@ -575,6 +586,7 @@ void Mailbox::leave(Scope scope, bool remote) {
 }
 
 void Mailbox::take(Scope scope) const {
+  const Quiet quiet;
   if (!state.this_launch) return;
   for (const Order order : orders) {
     learn(state.thread->clock.of[order], near_->of[order]);
@@ -583,6 +595,7 @@ void Mailbox::take(Scope scope) const {
 }
 
 void ticket(const void* counter) {
+  const Quiet quiet;
   if (!state.this_launch) return;
   const int id = state.cluster->id;
   for (const Order order : orders) {
@@ -610,6 +623,7 @@ void ticket(const void* counter) {
 }
 
 void fence_device() {
+  const Quiet quiet;
   if (!state.this_launch) return;
   Thread& t = *state.thread;
   for (const Order order : orders) learn(t.clock.of[order], t.drawn.of[order]);
@@ -618,6 +632,7 @@ void fence_device() {
 }
 
 void fence_async() {
+  const Quiet quiet;
   if (!state.this_launch) return;
   Thread& t = *state.thread;
   t.clock.of[fenced] = t.clock.of[visible];
@@ -628,6 +643,7 @@ void fence_async() {
 // ---- What runs by itself --------------------------------------------------------------------------------------------
 
 void copy(const void* to, const void* from, size_t bytes) {
+  const Quiet quiet;
   if (!state.this_launch) return;
   Access a = mine(__builtin_return_address(0));
   Thread& t = *state.thread;
@@ -647,6 +663,7 @@ void wait_copies(int pending) {
 }
 
 int new_channel() {
+  const Quiet quiet;
   if (!state.this_launch) return 0;
   return static_cast<int>(state.cluster->new_channel(-1));
 }
@@ -662,15 +679,18 @@ Access engines(int channel, uint32_t group, const void* pc) {
 }  // namespace
 
 void engine_read(const void* p, size_t bytes, int channel, uint32_t group) {
+  const Quiet quiet;
   if (!state.this_launch) return;
   access(reinterpret_cast<uintptr_t>(p), bytes, engines(channel, group, __builtin_return_address(0)), false);
 }
 void engine_write(const void* p, size_t bytes, int channel, uint32_t group) {
+  const Quiet quiet;
   if (!state.this_launch) return;
   access(reinterpret_cast<uintptr_t>(p), bytes, engines(channel, group, __builtin_return_address(0)), true);
 }
 
 void wait_channel(int channel, uint32_t group) {
+  const Quiet quiet;
   if (!state.this_launch) return;
   struct Known {
     Row before, after;
@@ -699,6 +719,7 @@ void wait_channel(int channel, uint32_t group) {
 }
 
 void lend_registers(const void* p, size_t bytes, int channel, uint32_t group) {
+  const Quiet quiet;
   if (!state.this_launch) return;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(p);
   for (Registers& r : state.thread->lent) {
@@ -712,10 +733,13 @@ void lend_registers(const void* p, size_t bytes, int channel, uint32_t group) {
 
 namespace {
 inline void enter_function(const void* caller) {
-  if (in_thread) state.thread->callers.push_back(caller);
+  if (!in_thread) return;
+  Thread& t = *state.thread;
+  if (t.depth < Thread::most_callers) t.callers[t.depth] = caller;
+  ++t.depth;
 }
 inline void exit_function() {
-  if (in_thread && !state.thread->callers.empty()) state.thread->callers.pop_back();
+  if (in_thread && state.thread->depth > 0) --state.thread->depth;
 }
 }  // namespace
 
