@@ -54,13 +54,13 @@ verify-gpu: $(READY)
 lint: $(READY)
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	git ls-files 'csrc/*' | xargs --no-run-if-empty $(VENV)/bin/clang-format --dry-run --Werror
+	git ls-files 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cpp' | xargs --no-run-if-empty $(VENV)/bin/clang-format --dry-run --Werror
 	$(VENV)/bin/gersemi --check CMakeLists.txt
 
 format: $(READY)
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
-	git ls-files 'csrc/*' | xargs --no-run-if-empty $(VENV)/bin/clang-format -i
+	git ls-files 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cpp' | xargs --no-run-if-empty $(VENV)/bin/clang-format -i
 	$(VENV)/bin/gersemi --in-place CMakeLists.txt
 
 # The environment is rebuilt when what it is made from changes; an interrupted set-up starts over.
