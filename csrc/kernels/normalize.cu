@@ -16,7 +16,6 @@ struct NormalizeKernel {
   static BARLOW_DEVICE void run(const Params& params) {
     const Slab<T, GROUPS> slab(params, block_id(), 0);
     slab.part_moments();
-    barrier();
     slab.finish(1, [&](int, int feature) { return slab.own_moments(feature); });
     slab.store_hats();
   }

@@ -189,7 +189,8 @@ struct Slab {
     }
   }
 
-  // This part's moments, to memory().moments. All threads; a barrier of the block (or cluster) must follow.
+  // This part's moments, to memory().moments, a feature's by the thread of that number. All threads; a barrier of the block
+  // (or cluster) must follow before another thread reads them.
   BARLOW_DEVICE void part_moments() const {
     Memory& m = memory();
     copy();

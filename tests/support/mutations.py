@@ -1,6 +1,6 @@
 """Every barrier, wait and fence of the CUDA kernels, left out once: which detector notices?
 
-    python tests/support/mutations.py            writes the table, docs/races.md: about ten minutes on two cores
+    python tests/support/mutations.py            writes the table, docs/races.md: about four minutes on two cores
     python tests/support/mutations.py reduce.h   prints the rows whose names contain that
 
 Nothing is compiled again for a fault: csrc/gpu/emulation/sites.h leaves a place out.
@@ -15,6 +15,8 @@ import pathlib
 import sys
 from types import ModuleType
 from typing import NamedTuple
+
+import torch
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
@@ -129,6 +131,7 @@ def cells(name: str, *values: str) -> str:
 
 
 def main(part: str = "") -> None:
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
     chosen = [site for site in sites() if part in site.name]
     for site in chosen:
         runs_of(site)  # known before there are several processes

@@ -198,13 +198,15 @@ inline void copy_box(int rank, uint32_t to, const TensorMap& map, int row, int c
 }
 }  // namespace emulation
 
-inline void copy_box(void* to, const TensorMap& map, int row, int column, uint64_t* barrier) {
+// Both stand in their callers, so that a report names the kernel's line.
+[[gnu::always_inline]] inline void copy_box(void* to, const TensorMap& map, int row, int column, uint64_t* barrier) {
   emulation::pause(8);
   const emulation::races::Quiet quiet;
   emulation::copy_box(cluster_rank(), shared_address(to), map, row, column, shared_address(barrier));
 }
 template <int BLOCKS>
-void copy_box_to_all(void* to, const TensorMap& map, int row, int column, uint64_t* barrier) {
+[[gnu::always_inline]] inline void copy_box_to_all(void* to, const TensorMap& map, int row, int column,
+                                                   uint64_t* barrier) {
   emulation::pause(8);
   const emulation::races::Quiet quiet;
   if (BLOCKS > emulation::running()->cluster) emulation::fail("more blocks than the cluster has");
