@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 FOLDER = "checkpoints"
+PARTS = ("step", "model", "optimizer", "scaler", "config")  # of a run's state
 
 
 class CheckpointError(Exception):
@@ -56,7 +57,12 @@ def load(path: Path) -> dict[str, Any]:
     except CheckpointError:
         raise
     except Exception as error:  # whatever a damaged file makes of the two
-        raise CheckpointError(f"{path} is damaged: {str(error).splitlines()[0] if str(error) else error!r}") from error
+        raise CheckpointError(f"{path} is damaged: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message; its name where it has none."""
+    return str(error).partition("\n")[0] or repr(error)
 
 
 def path_of(run: Path, step: int) -> Path:
@@ -83,7 +89,11 @@ def last(run: Path, say: Callable[[str], None]) -> dict[str, Any]:
     paths = _all(run)
     for path in reversed(paths):
         try:
-            return load(path)
+            state = load(path)
+            missing = [part for part in PARTS if part not in state] if isinstance(state, dict) else PARTS
+            if missing:
+                raise CheckpointError(f"{path} is no state of a run: it lacks {', '.join(missing)}")
+            return state
         except CheckpointError as error:
             say(f"{error}; taking the one before")
     raise CheckpointError(f"{run / FOLDER} holds no checkpoint that can be read" + (f", of {len(paths)}" * bool(paths)))

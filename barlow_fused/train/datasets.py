@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
@@ -53,7 +54,7 @@ def read(dataset: Dataset, index: int) -> tuple[Tensor, int]:
     """The image as uint8 [C, H, W], and its label."""
     try:
         image, label = dataset[index]
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow raises
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:  # what Pillow raises
         samples = getattr(dataset, "samples", None)
         where = samples[index][0] if samples else f"image {index} of {type(dataset).__name__}"
         raise UnreadableImageError(f"{where} cannot be read: {error}") from error
@@ -163,18 +164,49 @@ def _fake(size: int) -> Images:
     return Images("fake", train, None, None, 10, 3, size, IMAGENET_MEAN, IMAGENET_STD)
 
 
+class Labelled(datasets.ImageFolder):
+    """A folder with a folder of images for each class."""
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        classes = _folders(Path(directory))
+        return classes, {name: label for label, name in enumerate(classes)}
+
+
+class Unlabelled(datasets.ImageFolder):
+    """All images in a folder and in those within it."""
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        return [""], {"": 0}
+
+
+def _folders(folder: Path) -> list[str]:
+    """The names of the folders in it, but for hidden ones, such as .ipynb_checkpoints."""
+    return sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
 def _imagefolder(root: Path) -> Images:
-    """ImageNet's layout: root/train/<class>/<image>, and root/val/<class>/<image> for the evaluation."""
+    """ImageNet's layout: root/train/<class>/<image>, and root/val/<class>/<image> for the evaluation. Or images without
+    labels, anywhere in root/train or, if there is no such folder, in root.
+    """
+    folder, test = (root / "train" if (root / "train").is_dir() else root), None
     try:
-        train = datasets.ImageFolder(root / "train")
-        test = datasets.ImageFolder(root / "val") if (root / "val").is_dir() else None
+        if folder != root and _folders(folder) and (root / "val").is_dir():
+            train, test = Labelled(folder), Labelled(root / "val")
+        else:
+            train = Unlabelled(folder)
     except FileNotFoundError as error:
         raise ConfigError(
-            f"--data imagefolder:{root} was not found: images are looked for in {root.absolute()}/train/<class>/*.jpg "
-            f"(and, to be evaluated, in val/<class>/*.jpg); ImageNet itself is had from image-net.org ({error})"
+            f"--data imagefolder:{root} has no images, or a class without any. They are looked for in "
+            f"{root.absolute()}/train/<class>/*.jpg and, to be evaluated, in val/<class>/*.jpg, or without labels in "
+            f"{root.absolute()}; ImageNet itself is had from image-net.org ({error})"
         ) from error
     if test is not None and test.classes != train.classes:
-        raise ConfigError(f"--data imagefolder:{root}: train and val must hold the same classes")
+        differ = sorted(set(test.classes) ^ set(train.classes))
+        raise ConfigError(
+            f"--data imagefolder:{root}: train and val must hold the same classes; {differ[0]!r} is in one of them"
+        )
+    if len(train.classes) < 2:  # nothing to tell apart
+        test = None
     labelled, size = (train if test else None), 224
     return Images(
         "imagefolder", train, labelled, test, len(train.classes), 3, size, IMAGENET_MEAN, IMAGENET_STD, crop=True

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
+from .checkpoint import CheckpointError, first_line
 from .config import ConfigError
 
 SMALL_IMAGES = 64  # pixels, up to which --stem auto takes the small one
@@ -58,6 +60,9 @@ class BarlowTwins(nn.Module):
     Args:
         backbone: images to representations, [N, C, H, W] -> [N, ``features``].
         projector_widths: of the projector's linear layers; batch norm and ReLU stand between them.
+
+    Raises:
+        ConfigError: the projector does not fit into this machine's memory.
     """
 
     def __init__(self, backbone: nn.Module, features: int, projector_widths: Sequence[int]) -> None:
@@ -65,6 +70,12 @@ class BarlowTwins(nn.Module):
         self.backbone, self.features = backbone, features
         layers: list[nn.Module] = []
         widths = [features, *projector_widths]
+        needed = 4 * sum(width * next_width for width, next_width in itertools.pairwise(widths))
+        if needed > (memory := os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")):
+            raise ConfigError(
+                f"--projector {'-'.join(map(str, projector_widths))}: its weights alone need {needed / 1e9:.0f} GB, "
+                f"and this machine has {memory / 1e9:.0f} GB of memory"
+            )
         for width, next_width in itertools.pairwise(widths[:-1]):
             layers += [nn.Linear(width, next_width, bias=False), nn.BatchNorm1d(next_width), nn.ReLU(inplace=True)]
         self.projector = nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1], bias=False))
@@ -158,8 +169,10 @@ def load_weights(model: BarlowTwins, path: Path) -> str:
     except OSError as error:
         raise ConfigError(f"--init {path}: {error.strerror or error}") from error
     except Exception as error:
-        raise ConfigError(f"--init {path} is not a file of weights: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"--init {path} is not a file of weights: {first_line(error)}") from error
     state = contents.get("model", contents) if isinstance(contents, dict) else {}
+    if not isinstance(state, dict) or not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise ConfigError(f"--init {path} is not a file of weights: it must hold named tensors")
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     whole = any(name.startswith("backbone.") for name in state)
     if whole:  # the official bn is the loss's, and nothing reads its running statistics
@@ -174,6 +187,20 @@ def load_weights(model: BarlowTwins, path: Path) -> str:
         )
     target.load_state_dict(state)
     return f"{'backbone and projector' if whole else 'backbone'} from {path}"
+
+
+def restore(model: BarlowTwins, state: dict[str, Any]) -> None:
+    """Give the network the weights of a run's state.
+
+    Raises:
+        CheckpointError: they are of another model.
+    """
+    expected, found = model.state_dict(), state["model"]
+    if any(compare(expected, found)):
+        raise CheckpointError(
+            f"the state after step {state['step']} is of another model: {first_difference(expected, found)}"
+        )
+    model.load_state_dict(found)
 
 
 def compare(expected: dict[str, Tensor], found: dict[str, Any]) -> tuple[int, int]:

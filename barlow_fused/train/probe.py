@@ -73,6 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     run, device, data_dir = (arguments.pop(name) for name in ("run", "device", "data_dir"))
     if min(arguments["epochs"], arguments["batch_size"]) < 1:
         parser.error("--epochs and --batch-size must be at least 1")
+    if not 0 < arguments["lr_classifier"] < math.inf:
+        parser.error(f"--lr-classifier must be finite and more than 0; got {arguments['lr_classifier']}")
+    if not 0 <= arguments["weight_decay"] < math.inf:
+        parser.error(f"--weight-decay must be finite and at least 0; got {arguments['weight_decay']}")
+    if not 0 <= arguments["seed"] < 2**31:
+        parser.error(f"--seed must be from 0 to 2^31 - 1; got {arguments['seed']}")
     try:
         changes = {"device": device} | ({"data_dir": data_dir} if data_dir else {})
         config = combine(read_toml(run / "config.toml"), changes)
@@ -92,7 +98,7 @@ def probe(run: Path, config: Config, settings: Settings, console: Console) -> di
     device = torch.device(config.device)
     network = model.build(config.backbone, images.channels, config.image_size, config.projector_widths, config.stem)
     state = checkpoint.last(run, lambda text: trainer.say(console, text))
-    network.load_state_dict(state["model"])
+    model.restore(network, state)
     backbone = network.backbone.to(device).eval()
     if config.precision == "fp64":
         backbone.double()

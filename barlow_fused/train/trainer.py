@@ -97,6 +97,10 @@ def train(config: Config, console: Console) -> None:
     device = torch.device(config.device, by.local_rank) if config.device == "cuda" else torch.device("cpu")
     network, origin = build(config, images, device)
     state = checkpoint.last(config.resume, lambda text: say(console, text)) if config.resume else None
+    if state and config.steps < state["step"]:
+        raise ConfigError(
+            f"--steps {config.steps}: {config.resume} has made {state['step']} steps already; nothing was changed"
+        )
     config = start_run(config, state, by)
 
     weights = sum(parameter.numel() for parameter in network.parameters())
@@ -111,6 +115,8 @@ def train(config: Config, console: Console) -> None:
     if warning := width.warning(n, d, config.lambd):
         say(console, f"Warning: {warning}")
 
+    if images.test is None:
+        say(console, f"No accuracies: --data {config.data} has no labelled images of several classes that are held out")
     monitor = Monitor(network, images, config, device, by)
     monitor.before, before = monitor.look(), monitor.accuracy()
     first = state["step"] if state else 0
@@ -160,7 +166,7 @@ def fit(
     scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
     first = 0
     if state is not None:
-        network.load_state_dict(state["model"])
+        model.restore(network, state)
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         first = state["step"]

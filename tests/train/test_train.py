@@ -211,6 +211,16 @@ def test_a_probe_of_nothing_says_so(tmp_path, capsys):
     assert str(tmp_path / "config.toml") in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--weight-decay", "-1"), ("--lr-classifier", "nan"), ("--seed", "-1"), ("--epochs", "0")]
+)
+def test_a_bad_flag_of_the_probe_is_named(flag, value, tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        probe.main([str(tmp_path), flag, value])
+    assert end.value.code == 2
+    assert flag in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_the_closing_table_fits_80_columns(capsys):
     untrained, trained = Accuracy(1.0, None, 3.0), Accuracy(100.0, None, 3.5)
     report.print_gain(Console(width=80), {"untrained_encoder": untrained, "pretrained_encoder": trained}, 1437, 360)
@@ -265,6 +275,7 @@ def test_a_short_run_beats_the_untrained_encoder(no_pictures, tmp_path):
         ("--accumulate", "128"),
         ("--projector", "512-"),
         ("--projector", "512-0"),
+        ("--projector", "99999999999"),
         ("--kappa", "-1"),
         ("--kappa", "nan"),
         ("--lr-weights", "0"),

@@ -17,9 +17,10 @@ pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
 
 from images import make_imagefolder, pixels
+from PIL import Image
 from torchvision import datasets as torchvision_datasets
 
-from barlow_fused.train import augment, datasets, loader, main
+from barlow_fused.train import augment, datasets, loader, main, trainer
 from barlow_fused.train.config import ConfigError, combine
 from barlow_fused.train.processes import Processes
 
@@ -135,6 +136,52 @@ def test_an_image_folder_has_imagenet_s_layout(tmp_path):
     assert datasets.read(images.train, 0)[0].shape == (3, 40, 50)
     (tmp_path / "val").rename(tmp_path / "elsewhere")
     assert datasets.load(f"imagefolder:{tmp_path}", tmp_path).test is None
+
+
+def test_hidden_folders_are_no_classes(tmp_path):
+    make_imagefolder(tmp_path / "data")
+    for part in ("train", "val"):
+        (tmp_path / "data" / part / ".ipynb_checkpoints").mkdir()
+    assert datasets.load(f"imagefolder:{tmp_path / 'data'}", tmp_path).classes == 2
+
+
+def test_an_empty_class_is_named(tmp_path):
+    (make_imagefolder(tmp_path) / "train" / "cow").mkdir()
+    with pytest.raises(ConfigError, match=r"a class without any.*cow"):
+        datasets.load(f"imagefolder:{tmp_path}", tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["", "train", "train/cat", "somewhere/deep"])
+def test_images_without_labels_train_without_accuracies(layout, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trainer.Monitor, "draw", lambda _: None)
+    folder = tmp_path / "data" / layout
+    folder.mkdir(parents=True)
+    if layout == "train/cat":  # one class: nothing to tell apart
+        (tmp_path / "data" / "val" / "cat").mkdir(parents=True)
+        Image.fromarray(pixels(40, 50, 3)).save(tmp_path / "data" / "val" / "cat" / "0.png")
+    for i in range(4):
+        Image.fromarray(pixels(40, 50, 3)).save(folder / f"{i}.png")
+    flags = [
+        "--data",
+        f"imagefolder:{tmp_path / 'data'}",
+        "--backbone",
+        "tiny",
+        "--projector",
+        "16",
+        "--image-size",
+        "32",
+        "--workers",
+        "0",
+    ]
+    assert main([*flags, "--steps", "1", "--batch-size", "4", "--device", "cpu", "--out", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out.count("No accuracies:") == 1
+
+
+def test_an_image_too_large_to_be_decoded_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)  # Pillow refuses twice as many
+    images = datasets.load(f"imagefolder:{make_imagefolder(tmp_path)}", tmp_path)
+    with pytest.raises(datasets.UnreadableImageError, match=r"train/cat/0.jpg.*decompression bomb"):
+        datasets.read(images.train, 0)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10"])

@@ -23,7 +23,7 @@ import train_processes
 from images import make_imagefolder
 from subprocesses import environment
 
-from barlow_fused.train import checkpoint, evaluate, loader, main, processes, trainer
+from barlow_fused.train import checkpoint, evaluate, loader, main, probe, processes, trainer
 from barlow_fused.train.config import combine
 
 TINY = ["--batch-size", "32", "--projector", "32-128", "--warmup-epochs", "1", "--device", "cpu"]
@@ -230,7 +230,7 @@ def test_a_second_ctrl_c_stops_at_once():
 
 
 def contents():
-    return {"model": {"w": torch.arange(1000.0)}, "name": "x"}
+    return {"model": {"w": torch.arange(1000.0)}, "optimizer": {}, "scaler": {}, "config": {}, "name": "x"}
 
 
 def test_the_last_checkpoints_are_kept(tmp_path):
@@ -256,6 +256,38 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_taken(damage, tmp
     checkpoint.path_of(tmp_path, 1).unlink()
     with pytest.raises(checkpoint.CheckpointError, match="no checkpoint that can be read, of 1"):
         checkpoint.last(tmp_path, said.append)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda state: state.pop("model"), "lacks model"),
+        (lambda state: state["model"].pop("projector.0.weight"), "of another model: projector.0.weight"),
+        (lambda state: state["model"].update({"projector.0.weight": torch.zeros(3, 3)}), "(3, 3) in the file"),
+    ],
+)
+def test_a_state_of_something_else_is_a_sentence(change, said, tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main([*TINY, "--steps", "1", "--out", str(run)]) == 0
+    for path in (run / "checkpoints").iterdir():
+        state = checkpoint.load(path)
+        change(state)
+        checkpoint.save(state, path)
+    for program, flags in ((main, ["--resume", str(run), "--steps", "2"]), (probe.main, [str(run)])):
+        capsys.readouterr()
+        assert program(flags) == 1
+        printed = capsys.readouterr()
+        assert said in printed.out + printed.err
+        assert "Traceback" not in printed.err
+
+
+def test_fewer_steps_than_were_made_are_refused(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main([*TINY, "--data", "fake", "--steps", "3", "--out", str(run)]) == 0
+    before = (run / "config.toml").read_bytes()
+    assert main(["--resume", str(run), "--steps", "2"]) == 2
+    assert "has made 3 steps already" in capsys.readouterr().err
+    assert (run / "config.toml").read_bytes() == before
 
 
 def test_a_run_goes_on_from_the_last_whole_checkpoint(tmp_path, capsys):

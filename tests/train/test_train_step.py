@@ -131,8 +131,12 @@ def test_weights_of_another_model_are_refused(official):
     with pytest.raises(ConfigError, match=r"projector.3.weight: \(64, 16\) in this model, \(32, 16\) in the file"):
         model.load_weights(model.build("resnet18", 3, 224, [16, 64]), folder / "checkpoint.pth")
     (folder / "text.pth").write_text("no weights")
-    with pytest.raises(ConfigError, match="not a file of weights"):
-        model.load_weights(model.build("resnet18", 3, 224, [16]), folder / "text.pth")
+    (folder / "empty.pth").write_bytes(b"")
+    torch.save({}, folder / "nothing.pth")
+    torch.save({"model": 3}, folder / "number.pth")
+    for name in ("text.pth", "empty.pth", "nothing.pth", "number.pth"):
+        with pytest.raises(ConfigError, match="not a file of weights"):
+            model.load_weights(model.build("resnet18", 3, 224, [16]), folder / name)
 
 
 def test_the_trained_encoder_is_plain_torchvision(official, training_only, tmp_path):
