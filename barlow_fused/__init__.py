@@ -2,12 +2,16 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .choice import configure
-from .loss import BarlowTwinsLoss, barlow_twins_loss, cross_correlation
-from .normalization import Normalization
-from .reference import BarlowTwinsTerms
-from .version import __version__
-from .width import LossFloor, kappa, loss_floor, suggest_lambda
+from . import waiting
+
+waiting.set_policy()  # before anything loads PyTorch
+
+from .choice import configure  # noqa: E402
+from .loss import BarlowTwinsLoss, barlow_twins_loss, cross_correlation  # noqa: E402
+from .normalization import Normalization  # noqa: E402
+from .reference import BarlowTwinsTerms  # noqa: E402
+from .version import __version__  # noqa: E402
+from .width import LossFloor, kappa, loss_floor, suggest_lambda  # noqa: E402
 
 if TYPE_CHECKING:
     from .planning.plan import Plan, plan

@@ -34,7 +34,7 @@ from .timing import MODES
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCES}
 PEERS = "eager,compile,lightly,solo-learn,fft-relaxed,fused"
 SECONDS = 5.0
-COMMANDS = ("profile", "host", "compare", "readme", "verify", "width")  # they have a main() of their own
+COMMANDS = ("profile", "host", "contention", "compare", "readme", "verify", "width")  # they have a main() of their own
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -46,7 +46,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         epilog="Methods: eager, compile, lightly, solo-learn, fft-relaxed (not the same loss), fused (every route and\n"
         "backend that can run here), fused-auto, fused-gram-torch, ... See benchmarks/peers.py.\n"
         "Presets: " + ", ".join(PRESETS) + ". See benchmarks/presets.py.\n"
-        "Other commands: python -m benchmarks profile | compare | readme | verify | width, each with --help.\n"
+        "Other commands: python -m benchmarks profile | host | contention | compare | readme | verify |\n"
+        "width, each with --help.\n"
         "Exit code: 0; 1 if a method is wrong or fails (a lack of memory is not a failure) or something regressed;\n"
         "2 for bad arguments.",
     )

@@ -20,8 +20,9 @@ from ..normalization import Normalization
 from ..reference import BarlowTwinsTerms
 from . import accelerator
 
-SLAB_ELEMENTS = 2**18  # a float32 slab of 1 MiB: a core's L2 cache
-MIN_SLAB = 1024  # rows or columns: enough for the matrix product to run at full rate
+SLAB_ELEMENTS = 2**19  # a float32 slab of 2 MiB: two cores' L2 caches; with fewer, calls and waiting would show
+MIN_SLAB = 2048  # rows or columns: enough for the matrix product to run at full rate
+BULK_PART = 1024  # features of K's bulk that is taken out at once (torch_slabs.py): more would be rounded with it
 NARROW_SLAB = 64  # columns, where nothing is multiplied: a few cache lines of a row
 KEEP_ELEMENTS = 2**17  # inputs up to this size keep what is made of them: there, calls cost more than bytes
 ONEDNN_MIN_FLOPS = 1e7  # below this, oneDNN's 20 us of set-up cost more than it saves
@@ -95,8 +96,8 @@ def _stack(
         out = z_a.new_empty(2, *z_a.shape, dtype=_compute_dtype(z_a))
     if less is None:
         return torch.stack((z_a, z_b), out=out)
-    for view, z in enumerate((z_a, z_b)):
-        torch.sub(z, less[view], out=out[view])
+    for z, mean, centred in zip((z_a, z_b), less.unbind(), out.unbind(), strict=True):
+        torch.sub(z, mean, out=centred)
     return out
 
 

@@ -24,6 +24,7 @@ from .slabs import (
     Normalized,
     _by_onednn,
     _compute_dtype,
+    _like,
     _matmul_t,
     _scalar,
     _slabs,
@@ -65,10 +66,12 @@ def correlate(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tup
         rest = rest - (first - shift)
     elif whole:
         rest = rest[:0]
-    rstd = x.normalization.rstd(moments[:2], n)
-    x.c = (moments[2, 0] * rstd[0, 0]).mul_(rstd[1, 0])
-    terms, squares = _terms_of(x, c.mul_((rstd[0] / n).T).mul_(rstd[1]), lambd, scale)
-    x.stats = (rstd, moments[:2], first, rest, squares)
+    var, cross = moments[:2], moments[2, 0]
+    rstd = x.normalization.rstd(var, n)
+    rstd_a, rstd_b = rstd.squeeze(1).unbind()
+    x.c = (cross * rstd_a).mul_(rstd_b)
+    terms, squares = _terms_of(x, c.mul_((rstd_a / n)[:, None]).mul_(rstd_b), lambd, scale)
+    x.stats = (rstd, var, first, rest, squares)
     return terms, c
 
 
@@ -85,14 +88,14 @@ def empty_stats(z: Tensor) -> list[Tensor]:
 def _means(x: Normalized, step: int) -> Tensor:  # [2, 1, D]
     """Each feature's mean over every step-th row."""
     mean = x.z_a.new_empty(2, 1, x.z_a.shape[1], dtype=_compute_dtype(x.z_a))
-    for view, z in enumerate((x.z_a, x.z_b)):
+    for z, out in zip((x.z_a, x.z_b), mean.squeeze(1).unbind(), strict=True):
         z = z[::step] if step > 1 else z
         if z.dtype == mean.dtype:
-            torch.mean(z, 0, out=mean[view, 0])
+            torch.sum(z, 0, out=out)
             continue
         for s in _slabs(z.shape[1], z.shape[0], NARROW_SLAB):  # operators would copy all of z to the other dtype
-            torch.mean(z[:, s], 0, dtype=mean.dtype, out=mean[view, 0, s])
-    return mean
+            torch.sum(z[:, s], 0, dtype=mean.dtype, out=out[s])
+    return mean.div_(len(z))
 
 
 def _sums(x: Normalized, shift: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
@@ -107,31 +110,36 @@ def _sums(x: Normalized, shift: Tensor | None) -> tuple[Tensor, Tensor, Tensor |
     if shift is not None and keeps(x.z_a.numel(), x.z_a.dtype):
         kept = shift.new_empty(2, n, d)
     product = moments = rest = slab = square = None
+    of_slab = x.z_a.new_empty(3, d, dtype=_compute_dtype(x.z_a))
+    parts = of_slab.unbind()
     for rows in slabs:
-        slab = _stack(x.z_a, x.z_b, rows, _ALL, less=shift, out=slab if kept is None else kept[:, rows])
+        room = slab if kept is None else kept if rows == _ALL else kept[:, rows]
+        slab = _stack(x.z_a, x.z_b, rows, _ALL, less=shift, out=room)
         if shift is not None:
             rest = _add(rest, slab.sum(1, keepdim=True))
             if len(slabs) == 1:
                 slab -= rest.div_(n)
-        if square is None or square.shape[1] != slab.shape[1]:
-            square = slab.new_empty(3, *slab.shape[1:])
-        torch.mul(slab, slab, out=square[:2])
-        torch.mul(slab[0], slab[1], out=square[2])
-        moments = _add(moments, square.sum(1, keepdim=True))
+        a, b = slab.unbind()
+        square = _like(a, square)  # one for all three: fresh pages cost more than calls
+        for (left, right), out in zip(((a, a), (b, b), (a, b)), parts, strict=True):
+            torch.sum(torch.mul(left, right, out=square), 0, out=out)
+        moments = of_slab.clone() if moments is None and len(slabs) > 1 else _add(moments, of_slab)
         if kept is None:
             product = _add_product(product, slab)
     if kept is not None:
         product = _add_product(None, kept)
-    return product, moments.div_(n), rest if rest is None or len(slabs) == 1 else rest.div_(n), kept
+    moments = moments.div_(n)[:, None]
+    return product, moments, rest if rest is None or len(slabs) == 1 else rest.div_(n), kept
 
 
 def _terms_of(x: Normalized, c: Tensor, lambd: float, scale: float) -> tuple[BarlowTwinsTerms, Tensor]:  # [], [2, D]
     """The terms from C, whose diagonal is set to 0, and the sums of its rows' and its columns' squares."""
     squares = c.new_empty(2, c.shape[0])
     square = c.fill_diagonal_(0) * c
-    for view in range(2):
-        torch.sum(square, 1 - view, out=squares[view])
-    return _terms(x, _scalar(squares[0].sum(dtype=torch.float64)), lambd, scale), squares
+    of_rows, of_columns = squares.unbind()
+    torch.sum(square, 1, out=of_rows)
+    torch.sum(square, 0, out=of_columns)
+    return _terms(x, _scalar(of_rows.sum(dtype=torch.float64)), lambd, scale), squares
 
 
 def keeps(elements: int, dtype: torch.dtype) -> bool:
@@ -161,10 +169,11 @@ def _add(total: Tensor | None, part: Tensor) -> Tensor:
 
 def _add_product(product: Tensor | None, slab: Tensor) -> Tensor:  # [D, D], [2, N, D] -> [D, D]
     """product + A^T B."""
-    a, b = slab
-    if _by_onednn(a.T, b.T) and a.shape[1] >= MIN_ONEDNN_OUTPUT:
-        return _add(product, _matmul_t(a.T, b.T, a.dtype))
-    return a.T @ b if product is None else torch.addmm(product, a.T, b, out=product)
+    a, b = slab.unbind()
+    a = a.T
+    if a.shape[0] >= MIN_ONEDNN_OUTPUT and _by_onednn(a, b.T):
+        return _add(product, _matmul_t(a, b.T, a.dtype))
+    return torch.mm(a, b) if product is None else torch.addmm(product, a, b, out=product)
 
 
 def input_grad(
@@ -183,8 +192,9 @@ def input_grad(
         g.diagonal().copy_(d)
     else:
         rstd, var, *_, squares = x.stats
-        g = (c * (rstd[0] * alpha).T).mul_(rstd[1])
-        g.diagonal().copy_((rstd[0, 0] * d).mul_(rstd[1, 0]))
+        rstd_a, rstd_b = rstd.squeeze(1).unbind()
+        g = (c * (rstd_a * alpha)[:, None]).mul_(rstd_b)
+        g.diagonal().copy_((rstd_a * d).mul_(rstd_b))
         of_own = (rstd * rstd).mul_(-x.normalization.kappa(var, n))
         if m_from_c:
             of_own *= (squares * alpha).add_(d * x.c)[:, None]

@@ -33,9 +33,9 @@ from torch import Tensor
 from ..normalization import Normalization
 from . import torch_whole
 from .torch_slabs import (
+    BULK_PART,
     BULK_RATIO,
     FEW_SAMPLES,
-    MIN_SLAB,
     PANEL,
     _compute_dtype,
     _cut,
@@ -186,7 +186,7 @@ def partial_gram(view: View, total_d: int) -> tuple[Tensor, Tensor]:
     flat = view.z.new_zeros(sum(panel_sizes(n)), dtype=dtype)
     tau = view.z.new_zeros(len(view.segments.sizes), dtype=torch.float64)
     bulk = view.normalization is not None and total_d >= BULK_RATIO * n
-    width = MIN_SLAB if bulk and for_caches(view.z.device) else max(d, 1)  # of what the bulk is taken out at once
+    width = BULK_PART if bulk and for_caches(view.z.device) else max(d, 1)  # of what the bulk is taken out at once
     for s in _columns(view.z):
         power = _cut(view.power, s).split(width, dim=1) if bulk else None
         for i, x_hat in enumerate(view.slab(s).split(width, dim=1)):

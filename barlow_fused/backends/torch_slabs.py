@@ -19,8 +19,8 @@ from . import torch_direct
 from .operations import Weights
 from .slabs import (
     _ALL,
+    BULK_PART,
     KEEP_ELEMENTS,
-    MIN_SLAB,
     NARROW_SLAB,
     ONEDNN_MIN_FLOPS,
     Normalized,
@@ -75,7 +75,7 @@ def gram(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[Ba
     slab = None
     for s in _slabs(d, n):
         slab = _standardized(x, s, out=slab)
-        for x_hat in slab.split(MIN_SLAB if bulk else d, dim=2):
+        for x_hat in slab.split(BULK_PART if bulk else d, dim=2):
             if 2 * n * n * x_hat.shape[2] <= ONEDNN_MIN_FLOPS:
                 k += torch.bmm(x_hat, x_hat.mT)
             else:  # oneDNN takes seconds for a part of a slab, whose rows are apart
@@ -138,7 +138,7 @@ def _standardized(x: Normalized, columns: slice, out: Tensor | None = None) -> T
 
 
 def _bulk(x: Normalized) -> list[Tensor]:
-    """Where D is much larger than N: tau, how much K has of I - 1 1^T / N; (2, 1) for each MIN_SLAB features of a slab.
+    """Where D is much larger than N: tau, how much K has of I - 1 1^T / N; (2, 1) for each BULK_PART features.
 
     Random directions in D dimensions are orthogonal, so K is close to D (I - 1 1^T / N), and K A_hat to D A_hat, which
     the normalisation's gradient removes. float32 would round the little that remains of it to the precision of what is
@@ -150,7 +150,7 @@ def _bulk(x: Normalized) -> list[Tensor]:
         return []
     rstd, var = x.stats[:2]
     power = (var * rstd * rstd).mul_(n / (n - 1))
-    return [part.sum(2) for s in _slabs(d, n) for part in _cut(power, s).split(MIN_SLAB, dim=2)]
+    return [part.sum(2) for s in _slabs(d, n) for part in _cut(power, s).split(BULK_PART, dim=2)]
 
 
 def _off_diag(x: Normalized, inner: Tensor) -> Tensor | float:

@@ -145,7 +145,8 @@ def _slabs_cost(p: Problem) -> Cost:
         slabs = -(-2 * n * d * size // of_columns)
         # Statistics need a slab and its square; then K_a * K_b, and the same in float64 to be summed.
         forward = max(2 * of_columns, product + of_columns + n * n * (size + 8))
-        backward = product + 2 * of_columns  # a slab, one view's P, and A_hat * P
+        # A slab, one view's P (which becomes the gradient where there is one slab) and A_hat * P
+        backward = product + of_columns + of_columns // (2 if slabs == 1 and in_size == size else 1)
         # Passes over K_a and K_b: zeroed, mirrored, divided, multiplied and summed in float64, 8; each slab adds to
         # their lower triangles, and in the backward pass reads them.
         product_passes = 8 + 2 * slabs
@@ -161,9 +162,10 @@ def _slabs_cost(p: Problem) -> Cost:
         product = d * d * size
         keeps = torch_direct.keeps(n * d, p.dtype)
         kept, slab, slabs = (2 * n * d * size, 0, 1) if keeps else (0, of_rows, -(-2 * n * d * size // of_rows))
-        # C, its square or a slab's product; or a slab, and three products of views
-        forward = kept + product + max(slab + product, slab + 3 * of_rows // 2)
-        backward = kept + 2 * product + 3 * slab // 2  # C and G; a slab and one view's P
+        # C, its square or a slab's product; or a slab, and a product of views
+        forward = kept + product + max(slab + product, slab + of_rows // 2)
+        # C and G; a slab, and one view's P where it is not multiplied into the gradient
+        backward = kept + 2 * product + slab + (slab // 2 if size == 4 else 0)
         # Passes over C: scaled 4, squared and summed 6, G made of it 4; each slab's product is written, read and added
         # to C, and in the backward pass reads G for each view.
         product_passes = 14 + 6 * slabs

@@ -11,7 +11,7 @@ from cases import NORMALIZATIONS, answer, assert_close, views
 from barlow_fused import barlow_twins_loss
 from barlow_fused.backends import torch_direct
 
-N, D = 3000, 130
+N, D = 6000, 130
 
 
 @pytest.fixture(params=[0, 1e18], ids=["made again", "kept"], autouse=True)
