@@ -16,7 +16,7 @@ READY := $(VENV)/.ready
 EXTENSION := $(VENV)/.extension
 
 # Idle OpenMP threads sleep instead of spinning: beside another busy program, spinning costs several times the speed.
-train test test-kernels: export OMP_WAIT_POLICY ?= PASSIVE
+test test-kernels: export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: train test test-kernels test-all lint format bench compute-sanitizer verify-gpu clean
 
