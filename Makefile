@@ -3,7 +3,8 @@
 #
 # make test-kernels   the kernels in depth: in the emulation and Triton's interpreter, under sanitizers, searched for
 #                     races, with faults planted, compiled for GPUs that are not here
-# make test-all       both
+# make test-fuzz      thousands of random calls against an oracle; BARLOW_FUZZ=100000 tries that many
+# make test-all       all three
 #
 # Each sets up .venv the first time (about 5 GB: PyTorch's ordinary build) and re-uses it afterwards.
 # PYTHON=python3.12 make test     takes another interpreter.
@@ -16,16 +17,16 @@ READY := $(VENV)/.ready
 EXTENSION := $(VENV)/.extension
 
 # Idle OpenMP threads sleep instead of spinning: beside another busy program, spinning costs several times the speed.
-test test-kernels: export OMP_WAIT_POLICY ?= PASSIVE
+test test-kernels test-fuzz: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: train test test-kernels test-all lint format bench compute-sanitizer verify-gpu clean
+.PHONY: train test test-kernels test-fuzz test-all lint format bench compute-sanitizer verify-gpu clean
 
 train: $(READY)
 	$(RUN) -m barlow_fused train $(ARGS)
 
 # Everything but the kernels' own tests, of which the most telling take part: CUDA's, and in a run of its own Triton's.
 test: $(READY)
-	$(PYTEST) -m "not kernels or telling" $(or $(ARGS),tests)
+	$(PYTEST) -m "not (kernels or fuzz) or telling" $(or $(ARGS),tests)
 	$(if $(ARGS),,$(PYTEST) -m telling --kernels interpreter tests/kernels)
 
 test-kernels: $(EXTENSION)
@@ -34,7 +35,10 @@ test-kernels: $(EXTENSION)
 	$(PYTEST) tests/kernels --kernels sanitized $(ARGS)
 	$(PYTEST) tests/kernels --kernels races $(ARGS)
 
-test-all: test test-kernels
+test-fuzz: $(READY)
+	$(RUN) -m pytest -m fuzz tests/test_fuzz.py $(ARGS)
+
+test-all: test test-kernels test-fuzz
 
 bench: $(EXTENSION)
 	$(RUN) -m benchmarks $(ARGS)
