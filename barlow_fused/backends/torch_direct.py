@@ -184,8 +184,6 @@ def input_grad(
     slabs = list(_slabs(n, features))
     blocks = slabs if x.kept is None else [_ALL]
     rest = x.stats[3] if x.stats and x.stats[3].numel() else None
-    # with D larger than N, m = r_a mean_n(A_hat * (B G^T)) is the more exact of the two
-    m_from_c = features <= n or len(slabs) > 1
     constant = [None, None]  # what the rounded means make of the gradient, to be taken off
     if x.normalization is None:
         g = c * alpha
@@ -196,12 +194,11 @@ def input_grad(
         g = (c * (rstd_a * alpha)[:, None]).mul_(rstd_b)
         g.diagonal().copy_((rstd_a * d).mul_(rstd_b))
         of_own = (rstd * rstd).mul_(-x.normalization.kappa(var, n))
-        if m_from_c:
-            of_own *= (squares * alpha).add_(d * x.c)[:, None]
-            if rest is not None:
-                for view in views:
-                    of_rest = torch.addmm(rest[view] * of_own[view], rest[1 - view], g if view else g.T)
-                    constant[view] = of_rest.neg_()[0]
+        of_own *= (squares * alpha).add_(d * x.c)[:, None]
+        if rest is not None:
+            for view in views:
+                of_rest = torch.addmm(rest[view] * of_own[view], rest[1 - view], g if view else g.T)
+                constant[view] = of_rest.neg_()[0]
     grads: list[Tensor | None] = [None, None]
     if len(blocks) > 1:
         for view in views:
@@ -209,9 +206,7 @@ def input_grad(
     slab = None
     for rows in blocks:
         slab = _centred(x, rows, out=slab)
-        if rest is not None and not m_from_c:
-            slab -= rest
-        added = m_from_c and x.normalization is not None and not _by_onednn(slab[0], g)
+        added = x.normalization is not None and not _by_onednn(slab[0], g)
         for view in views:
             own, other, right = slab[view], slab[1 - view], g if view else g.T
             here = grads[view][rows] if len(blocks) > 1 else None
@@ -225,8 +220,7 @@ def input_grad(
             else:
                 p = _matmul_t(other, right.T, x.z_a.dtype, constant[view])
                 if x.normalization is not None:
-                    of_p = of_own[view] if m_from_c else of_own[view] * (own * p).mean(0)
-                    p = torch.addcmul(p, own, of_p, out=p if out is None else out)
+                    p = torch.addcmul(p, own, of_own[view], out=p if out is None else out)
             if here is None:
                 grads[view] = p.to(x.z_a.dtype)
             elif p is not here:
