@@ -73,8 +73,9 @@ def check_inputs(z_a: Tensor, z_b: Tensor, min_samples: int = 2) -> None:
             raise TypeError(f"{name} must be a torch.Tensor, got {type(z).__name__}")
         if z.dtype not in DTYPES:
             raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {z.dtype}")
-        if z.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense (strided) tensor, got layout {z.layout}")
+        if z.layout != torch.strided or z.is_nested:
+            got = "a nested tensor" if z.is_nested else f"layout {z.layout}"
+            raise TypeError(f"{name} must be a dense (strided) tensor, got {got}")
         if z.dim() != 2:
             raise ValueError(f"{name} must be 2-D, (samples N, features D), got shape {tuple(z.shape)}")
     if z_a.shape != z_b.shape:

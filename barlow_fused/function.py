@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import backends
 from .arguments import finite
@@ -26,6 +27,7 @@ def apply(z_a: Tensor, z_b: Tensor, spec: Spec, every_term: bool) -> tuple[Tenso
         if z_a is z_b:  # an autograd function cannot be traced with one tensor for two arguments
             z_b = z_b.view_as(z_b)
     else:
+        _refuse_what_would_be_wrong(z_a, z_b)
         spec = _resolve(spec, z_a)
     if torch._C._are_functorch_transforms_active():
         return _FunctionalTransformFunction.apply(z_a, z_b, spec)[: 3 if every_term else 1]
@@ -33,6 +35,39 @@ def apply(z_a: Tensor, z_b: Tensor, spec: Spec, every_term: bool) -> tuple[Tenso
         return BarlowTwinsFunction.apply(z_a, z_b, spec, every_term)
     run = _run_operator if torch.compiler.is_compiling() else _passes(spec, z_a).forward
     return run(z_a, z_b, spec, False, every_term)[0]
+
+
+ONE_CALL_AT_A_TIME = (
+    "barlow_twins_loss cannot be batched by torch.vmap, nor its gradient (jacrev, jacfwd, hessian, "
+    "is_grads_batched=True): call it for one pair of views after the other, and take torch.func.grad or vjp for the "
+    "gradient. backend='reference' can be batched"
+)
+NO_FORWARD_MODE = (
+    "barlow_twins_loss has no forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad): use reverse mode or "
+    "backend='reference'"
+)
+
+
+def _refuse_what_would_be_wrong(z_a: Tensor, z_b: Tensor) -> None:
+    if torch._C._is_tracing():
+        raise RuntimeError(
+            "torch.jit.trace would record the loss of this batch as a constant: use torch.compile or torch.export, or "
+            "trace the model without the loss"
+        )
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(z).tangent is not None for z in (z_a, z_b)):
+        raise NotImplementedError(NO_FORWARD_MODE)
+
+
+class _OneCallAtATime(torch.autograd.Function):
+    """A function that torch.func can differentiate in reverse mode, and that says what it cannot do else."""
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        raise NotImplementedError(ONE_CALL_AT_A_TIME)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(NO_FORWARD_MODE)
 
 
 class BarlowTwinsFunction(torch.autograd.Function):
@@ -61,11 +96,13 @@ class BarlowTwinsFunction(torch.autograd.Function):
         elif torch.is_grad_enabled():  # create_graph=True, or torch.func
             grads = _FirstDerivative.apply(z_a, z_b, *g_terms, needs, spec, *saved)
         else:
+            if any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in g_terms):
+                raise NotImplementedError(ONE_CALL_AT_A_TIME)
             grads = ctx.passes.backward(z_a, z_b, saved, spec, g_terms, needs)
         return *grads, None, None
 
 
-class _FunctionalTransformFunction(torch.autograd.Function):
+class _FunctionalTransformFunction(_OneCallAtATime):
     """The same for ``torch.func``, which wants the context set up apart and everything that is saved among the outputs.
 
     Preparing such a call costs 20 us, so it is not used where no transform is active.
@@ -109,7 +146,7 @@ def _save(ctx, z_a: Tensor, z_b: Tensor, saved: list[Tensor], spec: Spec) -> Non
     ctx.spec = spec
 
 
-class _FirstDerivative(torch.autograd.Function):
+class _FirstDerivative(_OneCallAtATime):
     """The backward pass as a function of its own, so that differentiating it is an error, not a wrong number."""
 
     @staticmethod

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .part import Part
 
+GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"  # its name until 2.13
+
 
 def to_features(z: Tensor, part: Part) -> Callable[[], Tensor]:
     """Send (n_r, D), this rank's samples; the result waits for (N, D / P), this rank's features of all samples."""
@@ -54,5 +56,5 @@ def sum_over_ranks(x: Tensor, part: Part) -> Callable[[], Tensor]:
 def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The tensors of all ranks, of one shape, stacked."""
     every = x.new_empty(group.size() * x.numel())
-    dist.all_gather_into_tensor(every, x.reshape(-1), group=group)
+    getattr(dist, GATHER)(every, x.reshape(-1), group=group)
     return every.view(-1, *x.shape)

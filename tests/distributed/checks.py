@@ -40,6 +40,7 @@ from barlow_fused import BarlowTwinsLoss, Normalization, barlow_twins_loss
 from barlow_fused.arguments import Options
 from barlow_fused.backends import torch_partial
 from barlow_fused.distributed import agreement
+from barlow_fused.distributed.collectives import GATHER
 from barlow_fused.integrations import patch
 from barlow_fused.planning.plan import plan
 from barlow_fused.reference import reference_loss, standardize
@@ -228,7 +229,7 @@ def recorded() -> Iterator[list[tuple[str, torch.dtype, int]]]:
 
         return call
 
-    for name, position in (("all_reduce", 0), ("all_gather_into_tensor", 1), ("all_to_all_single", 1)):
+    for name, position in (("all_reduce", 0), (GATHER, 1), ("all_to_all_single", 1)):
         saved[name] = getattr(dist, name)
         setattr(dist, name, wrap(name, position))
     try:
@@ -251,7 +252,7 @@ def number_and_size_of_collectives() -> None:
     local = n // ranks
     triangle = sum(torch_partial.panel_sizes(n))  # of K
     assert n * (n + 1) / 2 <= triangle <= n * (n + torch_partial.PANEL) / 2
-    header = ("all_gather_into_tensor", torch.int64, 19)
+    header = (GATHER, torch.int64, 19)
     for gradient in ("official", "lightly"):
         weights = [("all_reduce", torch.float64, 3 * ranks if gradient == "official" else 3)]
         for dtype in (torch.float32, torch.bfloat16):
@@ -271,9 +272,19 @@ def number_and_size_of_collectives() -> None:
                     loss = barlow_twins_loss(z_a, z_b, route="direct", **arguments)
                 with recorded() as backward:
                     loss.backward()
-                moments = [("all_gather_into_tensor", torch.float64, 4 * d)] if statistics == "global" else []
+                moments = [(GATHER, torch.float64, 4 * d)] if statistics == "global" else []
                 assert forward == [header, *moments, ("all_reduce", torch.float32, d * d + d)], forward
                 assert backward == (weights if gradient == "lightly" else []), backward
+
+
+@check
+def nothing_warns() -> None:
+    """Neither of what PyTorch deprecates nor of anything else."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for route in ("gram", "direct"):
+            z_a, z_b = map(own, views(8 * dist.get_world_size(), 40))
+            barlow_twins_loss(z_a, z_b, route=route, group="world", gradient="official").backward()
 
 
 @check
@@ -287,7 +298,7 @@ def collectives_are_those_that_plan_predicts() -> None:
             with recorded() as calls:
                 loss = barlow_twins_loss(*map(own, views(n, d, dtype)), route=route, group="world", gradient="official")
                 loss.backward()
-            names = {"all_gather_into_tensor": "all_gather", "all_to_all_single": "all_to_all"}
+            names = {GATHER: "all_gather", "all_to_all_single": "all_to_all"}
             used = [(names.get(name, name), size * dtype_.itemsize) for name, dtype_, size in calls]
             assert used == [(c.kind, c.size) for c in made.fused.collectives], (route, used)
 

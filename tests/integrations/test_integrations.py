@@ -21,6 +21,7 @@ from peers import losses_of
 from torch import nn
 
 from barlow_fused import barlow_twins_loss, configure
+from barlow_fused.distributed.collectives import GATHER
 from barlow_fused.integrations import Patch, libraries, patch, unpatch
 
 NAMES = ("lightly", "solo-learn", "stable-pretraining", "monai")
@@ -710,7 +711,7 @@ def test_patching_communicates_with_nobody(target: Target, monkeypatch: pytest.M
         raise AssertionError("a collective")
 
     world = dist.group.WORLD
-    for name in ("all_reduce", "all_gather_into_tensor", "all_to_all_single"):
+    for name in ("all_reduce", GATHER, "all_to_all_single"):
         monkeypatch.setattr(dist, name, communicate)
         monkeypatch.setattr(dist.distributed_c10d, name, communicate)
     monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
