@@ -72,8 +72,8 @@ def barlow_twins_loss(
     Returns:
         The loss, a scalar in float32 (float64 for float64 inputs); with ``return_terms`` a named tuple
         ``(loss, on_diag, off_diag)`` of scalars, each differentiable. on_diag and off_diag carry neither ``lambd`` nor
-        ``scale``. NaN and Inf in the inputs reach the loss; a feature whose variance float32 cannot hold (values of about
-        1e18 and more) makes it NaN.
+        ``scale``. NaN and Inf in the inputs reach the loss; a feature whose variance float32 cannot hold (values
+        of about 1e18 and more) makes it NaN.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
