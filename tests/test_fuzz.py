@@ -11,12 +11,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
-
-pytest.importorskip("hypothesis")
-
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from barlow_fused import barlow_twins_loss
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from cases import views
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -123,6 +124,38 @@ def test_the_reference_can_be_batched_and_differentiated_forwards():
     torch.testing.assert_close(torch.func.jacrev(loss)(z_a), grad_of(z_a, z_b))
     forward = torch.func.jvp(loss, (z_a,), (z_b,))[1]
     torch.testing.assert_close(forward, (grad_of(z_a, z_b) * z_b).sum(), check_dtype=False)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+class Mode(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+def test_subclasses_modes_functional_call_and_checkpointing():
+    z_a, z_b = views(N, D)
+    want = loss_of(z_a)
+    torch.testing.assert_close(loss_of(z_a.as_subclass(Subclass)).as_subclass(torch.Tensor), want)
+    with Mode():
+        torch.testing.assert_close(loss_of(z_a), want)
+    torch.testing.assert_close(torch.func.functional_call(BarlowTwinsLoss(), {}, (z_a, z_b)), want)
+    torch.utils.checkpoint.checkpoint(loss_of, leaf := z_a.clone().requires_grad_(), use_reentrant=False).backward()
+    torch.testing.assert_close(leaf.grad, grad_of(z_a, z_b))
+
+
+@pytest.mark.parametrize("kind", ["sparse", "complex"])
+def test_sparse_and_complex_tensors_are_refused(kind):
+    z_a, z_b = (z.to_sparse() if kind == "sparse" else z.to(torch.complex64) for z in views(N, D))
+    with pytest.raises(TypeError, match="z_a must be"):
+        barlow_twins_loss(z_a, z_b)
+
+
+def test_float64_holds_far_larger_values():
+    z_a, z_b = views(N, D, torch.float64)
+    torch.testing.assert_close(barlow_twins_loss(1e150 * z_a, 1e150 * z_b), barlow_twins_loss(z_a, z_b, eps=1e-30))
 
 
 NESTED = {"strided": torch.strided, "jagged": torch.jagged}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .part import Part
 
-GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"  # its name until 2.13
+GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"  # its older name
 
 
 def to_features(z: Tensor, part: Part) -> Callable[[], Tensor]:
