@@ -61,7 +61,7 @@ class Normalization:
     def rstd(self, var: Tensor, n: int) -> Tensor:  # [D] -> [D]
         """The factor that standardises a centred feature, from its biased variance ``var`` over ``n`` samples."""
         if self.correction:
-            var = var * (n / (n - self.correction))
+            var = torch.add(var, var, alpha=1 / (n - 1))  # times n / (n - 1), which rounding would bias
         return (var + self.eps).rsqrt() if self.eps_added_to == "variance" else 1 / (var.sqrt() + self.eps)
 
     def kappa(self, var: Tensor, n: int) -> Tensor | float:  # [D] -> [D], or one number for all features

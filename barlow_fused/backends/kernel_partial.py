@@ -50,7 +50,7 @@ class Kernels:
     aligned: Callable[[Tensor], Tensor]  # with rows as the kernels want them
     stats: StatsRows
 
-    def partial_gram(self, view: KeptView, total_d: int) -> tuple[Tensor, Tensor]:
+    def partial_gram(self, view: KeptView) -> tuple[Tensor, Tensor]:
         """K less its bulk."""
         partials = self.gram_panels(view.hat)
         return without_bulk(partials.sum(0) if len(partials) > 1 else partials[0], view)

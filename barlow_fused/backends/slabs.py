@@ -22,8 +22,10 @@ from . import accelerator
 
 SLAB_ELEMENTS = 2**19  # a float32 slab of 2 MiB: two cores' L2 caches; with fewer, calls and waiting would show
 MIN_SLAB = 2048  # rows or columns: enough for the matrix product to run at full rate
-BULK_PART = 1024  # features of K's bulk that is taken out at once (torch_slabs.py): more would be rounded with it
 NARROW_SLAB = 64  # columns, where nothing is multiplied: a few cache lines of a row
+FEW_SAMPLES = 32  # at least, and one in FEW_OF, of which a first mean is taken
+FEW_OF = 16
+MEANS = 3  # times that a mean is taken, at most: the second is that of all samples, the third what rounding left of it
 KEEP_ELEMENTS = 2**17  # inputs up to this size keep what is made of them: there, calls cost more than bytes
 ONEDNN_MIN_FLOPS = 1e7  # below this, oneDNN's 20 us of set-up cost more than it saves
 ONEDNN_MAX_ROWS = math.inf if "AVX512" in torch.backends.cpu.get_cpu_capability() else 64  # above, MKL is faster
@@ -101,6 +103,41 @@ def _stack(
     return out
 
 
+def _view(room: Tensor, *shape: int) -> Tensor:
+    """The beginning of flat ``room``, in that shape."""
+    return room[: math.prod(shape)].view(shape)
+
+
+def few_means(z_a: Tensor, z_b: Tensor, out: Tensor | None = None) -> Tensor:  # [2, 1, D]
+    """Each feature's mean over a few samples."""
+    if out is None:
+        out = z_a.new_empty(2, 1, z_a.shape[1], dtype=_compute_dtype(z_a))
+    step = max(1, min(len(z_a) // FEW_SAMPLES, FEW_OF))
+    for z, mean in zip((z_a, z_b), out, strict=True):
+        torch.mean(z[::step], 0, keepdim=True, dtype=out.dtype, out=mean)
+    return out
+
+
+def sums_of(slab: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:  # [2, N, D], [3, N, D] -> [2, 1, D], [3, 1, D]
+    """Of A and B, the sums over samples; those of A A, B B and A B, for which ``squares`` is the room."""
+    torch.mul(slab, slab, out=squares[:2])
+    torch.mul(slab[0], slab[1], out=squares[2])
+    return slab.sum(1, keepdim=True), squares.sum(1, keepdim=True)
+
+
+def without_rest(moments: Tensor, rest: Tensor, out: Tensor) -> bool:
+    """Takes off the means of A A, B B and A B, (3, 1, D), what those of A and B make of them; variances go to ``out``.
+
+    Returns whether a mean is more than its feature's deviation (never in tensors without data): then that was inexact.
+    """
+    square = rest * rest
+    torch.sub(moments[:2], square, out=out)
+    moments[2].addcmul_(rest[0], rest[1], value=-1)
+    far = out < square
+    out.clamp_min_(0)  # a constant feature's variance may be rounded to less
+    return type(far) is Tensor and bool(far.any())
+
+
 def _like(x: Tensor, last: Tensor | None) -> Tensor:
     """Room for a tensor like ``x``: the ``last`` slab's, which costs no new pages, or new."""
     return torch.empty_like(x) if last is None or last.shape != x.shape else last
@@ -134,12 +171,14 @@ def _by_onednn(x: Tensor, y: Tensor) -> bool:
 
 
 def _matmul_t(
-    x: Tensor, y: Tensor, input_dtype: torch.dtype, bias: Tensor | None = None
-) -> Tensor:  # [M, K], [L, K], [L] -> [M, L]
-    """x @ y.T + bias by the library that multiplies fastest; on accelerators in the inputs' dtype with float32 sums."""
+    x: Tensor, y: Tensor, input_dtype: torch.dtype, bias: Tensor | None = None, plus: Tensor | None = None
+) -> Tensor:  # [M, K], [L, K], [L], [M, L] -> [M, L]
+    """x @ y.T + bias + plus by the library that multiplies fastest; on accelerators in the inputs' dtype."""
     if _by_onednn(x, y):
-        return _ONEDNN(x, y, bias, "none", [], "")
+        return _ONEDNN(x, y, bias, "none", [], "") if plus is None else _ONEDNN.binary(x, plus, y, bias, "add")
     if x.device.type != "cpu" and input_dtype in (torch.float16, torch.bfloat16):
         product = accelerator.matmul(x.to(input_dtype), y.to(input_dtype).T)
-        return product if bias is None else product.add_(bias)
-    return x @ y.T if bias is None else torch.addmm(bias, x, y.T)
+        product = product if bias is None else product.add_(bias)
+    else:
+        product = x @ y.T if bias is None else torch.addmm(bias, x, y.T)
+    return product if plus is None else product.add_(plus)

@@ -20,52 +20,48 @@ from ..reference import BarlowTwinsTerms
 from .slabs import (
     _ALL,
     KEEP_ELEMENTS,
-    NARROW_SLAB,
+    MEANS,
     Normalized,
     _by_onednn,
     _compute_dtype,
-    _like,
     _matmul_t,
     _scalar,
     _slabs,
     _stack,
     _terms,
+    _view,
+    few_means,
+    sums_of,
+    without_rest,
 )
 
 KEEP_TALL = 2**21  # inputs up to this size keep their centred views: making them again takes another pass
-FEW_ROWS = 128  # of which a first mean is taken
 MIN_ONEDNN_OUTPUT = 256  # rows and columns of A^T B: below that, oneDNN leaves cores idle
 
 
 def correlate(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[BarlowTwinsTerms, Tensor]:
     """The terms, and C with its diagonal set to 0, (D, D). 2 N D^2 FLOPs, in one pass over slabs of rows.
 
-    Where there are several slabs, rows are first centred by the mean of a few of them, and what is left of the mean is
-    taken off the sums. If that is much, these few were not like the others: then it is done again by the mean of all.
+    Rows are first centred by the mean of a few of them, and what is left of the mean is taken off the sums. If that is
+    much, these few were not like the others: then it is done again by the mean of all.
     """
     n = x.z_a.shape[0]
     if x.normalization is None:
         c, moments, *_ = _sums(x, None)
         x.c = moments[2, 0].clone()  # torch.compile wants results that begin where their memory does
         return _terms_of(x, c.mul_(1 / n), lambd, scale)[0], c
-    whole = _one_slab(x.z_a)
-    shift = _means(x, 1 if whole else -(-n // FEW_ROWS))
-    c, moments, rest, kept = _sums(x, shift)
-    if not whole:
-        if _some(2 * rest.square() > moments[:2]):  # further off than the feature's deviation
-            del kept
-            shift = _means(x, 1)
-            c, moments, rest, kept = _sums(x, shift)
-        of_rest = torch.cat((rest * rest, rest[:1] * rest[1:]))
-        moments -= of_rest
-        moments[:2].clamp_min_(0)  # a constant feature's variance may be rounded to less
-        c.addr_(rest[0, 0], rest[1, 0], alpha=-n)
+    shift = few_means(x.z_a, x.z_b)
+    for _ in range(MEANS):
+        c = kept = None  # room for the next
+        c, moments, rest, kept = _sums(x, shift)
+        if not without_rest(moments, rest, out=moments[:2]):
+            break
+        shift += rest
+    c.addr_(rest[0, 0], rest[1, 0], alpha=-n)
     first = kept
     if kept is None:
         first = shift + rest  # the mean, rounded
         rest = rest - (first - shift)
-    elif whole:
-        rest = rest[:0]
     var, cross = moments[:2], moments[2, 0]
     rstd = x.normalization.rstd(var, n)
     rstd_a, rstd_b = rstd.squeeze(1).unbind()
@@ -76,60 +72,39 @@ def correlate(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tup
 
 
 def empty_stats(z: Tensor) -> list[Tensor]:
-    """Empty tensors of the shapes and dtypes of ``stats`` after the variance: what is centred by the mean and kept, or
-    the mean; the mean of what was left then, [0] if that was taken off; C0's squares, summed by row and column.
+    """Empty tensors of the shapes and dtypes of ``stats`` after the variance: what is centred by a first mean and kept,
+    or the mean; what is left of the mean; C0's squares, summed by row and column.
     """
     n, d = z.shape
-    keep = keeps(n * d, z.dtype)
-    first, rest = (2, n if keep else 1, d), (0 if keep and _one_slab(z) else 2, 1, d)
-    return [z.new_empty(shape, dtype=_compute_dtype(z)) for shape in (first, rest, (2, d))]
+    first = (2, n if keeps(n * d, z.dtype) else 1, d)
+    return [z.new_empty(shape, dtype=_compute_dtype(z)) for shape in (first, (2, 1, d), (2, d))]
 
 
-def _means(x: Normalized, step: int) -> Tensor:  # [2, 1, D]
-    """Each feature's mean over every step-th row."""
-    mean = x.z_a.new_empty(2, 1, x.z_a.shape[1], dtype=_compute_dtype(x.z_a))
-    for z, out in zip((x.z_a, x.z_b), mean.squeeze(1).unbind(), strict=True):
-        z = z[::step] if step > 1 else z
-        if z.dtype == mean.dtype:
-            torch.sum(z, 0, out=out)
-            continue
-        for s in _slabs(z.shape[1], z.shape[0], NARROW_SLAB):  # operators would copy all of z to the other dtype
-            torch.sum(z[:, s], 0, dtype=mean.dtype, out=out[s])
-    return mean.div_(len(z))
-
-
-def _sums(x: Normalized, shift: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def _sums(x: Normalized, shift: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Of A and B, the views less ``shift``: A^T B; means of a a, b b and a b, [3, 1, D]; means; and A and B if kept.
 
     The diagonal a b is summed by itself: where C_ii is close to 1 the gradient is a small difference, for which the
-    product's sums over N samples are not exact enough. If there is one slab, its means are removed, and then returned.
+    product's sums over N samples are not exact enough.
     """
     n, d = x.z_a.shape
-    slabs = list(_slabs(n, d))
     kept = None
     if shift is not None and keeps(x.z_a.numel(), x.z_a.dtype):
         kept = shift.new_empty(2, n, d)
-    product = moments = rest = slab = square = None
-    of_slab = x.z_a.new_empty(3, d, dtype=_compute_dtype(x.z_a))
-    parts = of_slab.unbind()
-    for rows in slabs:
-        room = slab if kept is None else kept if rows == _ALL else kept[:, rows]
-        slab = _stack(x.z_a, x.z_b, rows, _ALL, less=shift, out=room)
-        if shift is not None:
-            rest = _add(rest, slab.sum(1, keepdim=True))
-            if len(slabs) == 1:
-                slab -= rest.div_(n)
-        a, b = slab.unbind()
-        square = _like(a, square)  # one for all three: fresh pages cost more than calls
-        for (left, right), out in zip(((a, a), (b, b), (a, b)), parts, strict=True):
-            torch.sum(torch.mul(left, right, out=square), 0, out=out)
-        moments = of_slab.clone() if moments is None and len(slabs) > 1 else _add(moments, of_slab)
+    product = rest = moments = room = None
+    for rows in _slabs(n, d):
+        height = len(range(n)[rows])
+        if room is None:  # one for all: malloc gives several back to the system
+            room = x.z_a.new_empty((3 if kept is not None else 5) * height * d, dtype=_compute_dtype(x.z_a))
+        out = _view(room[3 * height * d :], 2, height, d) if kept is None else kept[:, rows]
+        slab = _stack(x.z_a, x.z_b, rows, _ALL, less=shift, out=out)
+        squares = _view(room, 3, height, d)
+        of_slab = sums_of(slab, squares)
+        rest, moments = _add(rest, of_slab[0]), _add(moments, of_slab[1])
         if kept is None:
             product = _add_product(product, slab)
     if kept is not None:
         product = _add_product(None, kept)
-    moments = moments.div_(n)[:, None]
-    return product, moments, rest if rest is None or len(slabs) == 1 else rest.div_(n), kept
+    return product, moments.div_(n), rest.div_(n), kept
 
 
 def _terms_of(x: Normalized, c: Tensor, lambd: float, scale: float) -> tuple[BarlowTwinsTerms, Tensor]:  # [], [2, D]
@@ -147,20 +122,11 @@ def keeps(elements: int, dtype: torch.dtype) -> bool:
     return elements <= (KEEP_TALL if dtype.itemsize >= 4 else KEEP_ELEMENTS)
 
 
-def _one_slab(z: Tensor) -> bool:
-    return next(_slabs(*z.shape)) == _ALL
-
-
 def _centred(x: Normalized, rows: slice, out: Tensor | None) -> Tensor:  # [2, rows, D]
     """Some samples of both views, less the mean as it was rounded."""
     if x.kept is not None:
         return x.kept[:, rows]
     return _stack(x.z_a, x.z_b, rows, _ALL, less=x.stats[2] if x.stats else None, out=out)
-
-
-def _some(mask: Tensor) -> bool:
-    """Whether a mask holds anywhere; never in tensors without data."""
-    return type(mask) is Tensor and bool(mask.any())
 
 
 def _add(total: Tensor | None, part: Tensor) -> Tensor:
@@ -183,22 +149,20 @@ def input_grad(
     n, features = x.z_a.shape
     slabs = list(_slabs(n, features))
     blocks = slabs if x.kept is None else [_ALL]
-    rest = x.stats[3] if x.stats and x.stats[3].numel() else None
     constant = [None, None]  # what the rounded means make of the gradient, to be taken off
     if x.normalization is None:
         g = c * alpha
         g.diagonal().copy_(d)
     else:
-        rstd, var, *_, squares = x.stats
+        rstd, var, _, rest, squares = x.stats
         rstd_a, rstd_b = rstd.squeeze(1).unbind()
         g = (c * (rstd_a * alpha)[:, None]).mul_(rstd_b)
         g.diagonal().copy_((rstd_a * d).mul_(rstd_b))
         of_own = (rstd * rstd).mul_(-x.normalization.kappa(var, n))
         of_own *= (squares * alpha).add_(d * x.c)[:, None]
-        if rest is not None:
-            for view in views:
-                of_rest = torch.addmm(rest[view] * of_own[view], rest[1 - view], g if view else g.T)
-                constant[view] = of_rest.neg_()[0]
+        for view in views:
+            of_rest = torch.addmm(rest[view] * of_own[view], rest[1 - view], g if view else g.T)
+            constant[view] = of_rest.neg_()[0]
     grads: list[Tensor | None] = [None, None]
     if len(blocks) > 1:
         for view in views:
@@ -212,10 +176,7 @@ def input_grad(
             here = grads[view][rows] if len(blocks) > 1 else None
             out = here if here is not None and here.dtype == own.dtype else None
             if added:  # the product is added to what is there, which costs it nothing
-                if constant[view] is None:
-                    p = torch.mul(own, of_own[view], out=out)
-                else:
-                    p = torch.addcmul(constant[view], own, of_own[view], out=out)
+                p = torch.addcmul(constant[view], own, of_own[view], out=out)
                 p.addmm_(other, right)
             else:
                 p = _matmul_t(other, right.T, x.z_a.dtype, constant[view])

@@ -10,7 +10,7 @@ travel meanwhile:
 
     moments(z, sizes)                -> [3, S, D]     mean, what rounding left of it, and variance
     View(z, moments, ...)                             a view and what standardises it
-    partial_gram(view, total_d)      -> panels, tau   K's lower triangle, summed over the features that are here
+    partial_gram(view)               -> panels, tau   K's lower triangle, summed over the features that are here
     join_gram(flats, taus, ...)      -> <K_a, K_b>, product    from the sums over the ranks
     diagonal(a, b)                   -> [D]           A_hat * B_hat, summed over the samples that are here
     partial_correlate(a, b)          -> [D, D]        A_hat^T B_hat, likewise
@@ -32,17 +32,11 @@ from torch import Tensor
 
 from ..normalization import Normalization
 from . import torch_whole
-from .torch_slabs import (
-    BULK_PART,
-    BULK_RATIO,
-    FEW_SAMPLES,
-    PANEL,
-    _compute_dtype,
-    _cut,
-    _matmul_t,
-    _slabs,
-)
+from .slabs import _compute_dtype, _cut, _matmul_t, _slabs
+from .torch_slabs import PANEL
 from .triton_kernels import configs
+
+FLOAT64_SAMPLES = 128  # below this K, which is small then, is summed over slabs and ranks in float64
 
 
 class Segments(NamedTuple):
@@ -175,28 +169,28 @@ class KeptView(View):
         return self.slab(slice(None)).to(self.product_dtype)
 
 
-def partial_gram(view: View, total_d: int) -> tuple[Tensor, Tensor]:
+def partial_gram(view: View) -> tuple[Tensor, Tensor]:
     """K = X_hat X_hat^T less its bulk (torch_slabs._bulk), summed over the features that are here; N^2 D FLOPs.
 
     Returns the lower triangle's panels, flat, and tau, (S,) float64: the bulk tau_s I that was taken out of each
-    segment's diagonal block, zero where ``total_d``, the features of all ranks, are not many more than the samples.
+    segment's diagonal block; zero without a normalisation.
     """
-    n, d = view.z.shape
-    dtype = torch.float64 if n < FEW_SAMPLES else view.dtype
-    flat = view.z.new_zeros(sum(panel_sizes(n)), dtype=dtype)
-    tau = view.z.new_zeros(len(view.segments.sizes), dtype=torch.float64)
-    bulk = view.normalization is not None and total_d >= BULK_RATIO * n
-    width = BULK_PART if bulk and for_caches(view.z.device) else max(d, 1)  # of what the bulk is taken out at once
+    n = len(view.z)
+    flat = view.z.new_zeros(sum(panel_sizes(n)), dtype=torch.float64 if n < FLOAT64_SAMPLES else view.dtype)
+    diagonal = flat.new_zeros(n)
+    tau = flat.new_zeros(len(view.segments.sizes), dtype=torch.float64)
+    standardizes = view.normalization is not None
     for s in _columns(view.z):
-        power = _cut(view.power, s).split(width, dim=1) if bulk else None
-        for i, x_hat in enumerate(view.slab(s).split(width, dim=1)):
-            part = power[i].sum(1, dtype=torch.float64) if bulk else None  # (S,)
-            for start, stop, panel in panels(flat, n):
-                panel += _matmul_t(x_hat[start:stop], x_hat[:stop], view.z.dtype)
-                if bulk:
-                    panel.diagonal(start).sub_(view.rows(part[:, None]).expand(n, 1)[start:stop, 0])
-            if bulk:
-                tau += part
+        x_hat = view.slab(s)
+        for start, stop, panel in panels(flat, n):
+            panel += _matmul_t(x_hat[start:stop], x_hat[:stop], view.z.dtype)
+        if standardizes:
+            power = _cut(view.power, s)
+            diagonal += x_hat.square_().sub_(view.rows(power)).sum(1)
+            tau += power.sum(1, dtype=torch.float64)
+    if standardizes:
+        for start, stop, panel in panels(flat, n):
+            panel.diagonal(start).copy_(diagonal[start:stop])
     return flat, tau
 
 

@@ -4,8 +4,8 @@ Standardised features are not stored, unless they are small. Each operation walk
 a slab, multiplies it and drops it, so the inputs are the only (N, D) arrays that travel from memory, and the extra
 memory is the product plus a few slabs.
 
-Means are removed twice: the first mean is rounded to the inputs' precision, which leaves an error of |mean| * 6e-8 in
-float32; the mean of what is left removes that, so that features with |mean|/std = 1000 lose nothing.
+Means are removed twice: the first mean is rounded to the inputs' precision, and that of a few samples; the mean of what
+is left removes what it leaves, so that features with |mean|/std = 1000 lose nothing.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from . import torch_direct
 from .operations import Weights
 from .slabs import (
     _ALL,
-    BULK_PART,
     KEEP_ELEMENTS,
+    MEANS,
     NARROW_SLAB,
-    ONEDNN_MIN_FLOPS,
     Normalized,
     _compute_dtype,
     _cut,
@@ -32,13 +31,16 @@ from .slabs import (
     _slabs,
     _stack,
     _terms,
+    _view,
+    few_means,
+    sums_of,
+    without_rest,
 )
 from .torch_direct import correlate
 
 __all__ = ["Normalized", "correlate", "empty_saved", "gram", "input_grad", "normalize"]
 
-FEW_SAMPLES = 128  # below this the sums over slabs of K, which is small then, are kept in float64
-BULK_RATIO = 32  # D / N from which K's bulk is taken out (``_bulk``)
+BULK_RATIO = 32  # D / N from which K's bulk is taken out of small inputs, too (``_bulk``)
 PANEL = 128  # rows of the lower-triangle panels of a symmetric product
 
 
@@ -57,73 +59,111 @@ def empty_saved(z_a: Tensor, route: str, normalization: Normalization | None) ->
     saved += [c.new_empty(2, 1, d) for _ in range(2)]
     if route == "direct":
         return saved + torch_direct.empty_stats(z_a)
-    return saved + ([c.new_empty(2, n, d)] if n * d <= KEEP_ELEMENTS else [c.new_empty(2, 1, d) for _ in range(2)])
+    return saved + ([c.new_empty(2, n, d)] if _is_small(z_a) else [c.new_empty(2, 1, d) for _ in range(2)])
 
 
 def gram(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[BarlowTwinsTerms, Tensor]:
-    """The terms, and K_a / D and K_b / D less the part that ``_bulk`` names, stacked, (2, N, N). 2 to 4 N^2 D FLOPs."""
-    n, d = x.z_a.shape
-    _standardize(x)
-    bulk = _bulk(x)
-    if n * d <= KEEP_ELEMENTS and not bulk:
-        x_hat = _standardized(x, _ALL)
-        k = torch.bmm(x_hat, x_hat.mT)
-        return _terms(x, _off_diag(x, k.prod(0).sum(dtype=torch.float64)), lambd, scale), k.div_(d)
-    k = x.c.new_zeros(2, n, n, dtype=torch.float64 if n < FEW_SAMPLES else x.c.dtype)
-    diagonal = k.diagonal(dim1=1, dim2=2)  # (2, N)
-    tau = iter(bulk)
-    slab = None
-    for s in _slabs(d, n):
-        slab = _standardized(x, s, out=slab)
-        for x_hat in slab.split(BULK_PART if bulk else d, dim=2):
-            if 2 * n * n * x_hat.shape[2] <= ONEDNN_MIN_FLOPS:
-                k += torch.bmm(x_hat, x_hat.mT)
-            else:  # oneDNN takes seconds for a part of a slab, whose rows are apart
-                for k_view, x_view in zip(k, x_hat.contiguous(), strict=True):
-                    for start in range(0, n, PANEL):  # rows of the lower triangle
-                        stop = min(start + PANEL, n)
-                        k_view[start:stop, :stop] += _matmul_t(x_view[start:stop], x_view[:stop], x.z_a.dtype)
-            if bulk:
-                diagonal -= next(tau)
-    for start in range(PANEL, n, PANEL):  # mirror it
-        stop = min(start + PANEL, n)
-        k[:, :start, start:stop] = k[:, start:stop, :start].mT
-    inner = sum((k[0, r] * k[1, r]).sum(dtype=torch.float64) for r in _slabs(n, n))
-    if bulk:  # <K_a, K_b>, from K - tau I
-        tau = torch.stack(bulk).sum(0, dtype=torch.float64)[:, 0]  # (2,)
-        inner = inner + torch.dot(diagonal.sum(1, dtype=torch.float64), tau.flip(0)) + n * tau.prod()
-        k += (tau / n).to(k.dtype)[:, None, None]
-    return _terms(x, _off_diag(x, inner), lambd, scale), k.div_(d).to(x.c.dtype)
+    """The terms, and E_a / D and E_b / D (``_bulk``), stacked, (2, N, N). 2 to 4 N^2 D FLOPs.
 
-
-def _standardize(x: Normalized) -> None:
-    """Statistics of every feature of both views, and c = diag(C), in one pass over the inputs.
-
-    ``stats`` are rstd, variance, mean and shift, x_hat = (z - mean) * rstd + shift; or rstd, variance and x_hat.
+    In one walk over the inputs: a slab is standardised, multiplied with itself, and dropped.
     """
-    z_a, z_b, normalization = x.z_a, x.z_b, x.normalization
-    n, d = z_a.shape
-    dtype = _compute_dtype(z_a)
-    x.c = c = z_a.new_empty(d, dtype=dtype)
-    if normalization is None:
-        for s in _slabs(d, n, NARROW_SLAB):
-            c[s] = (z_a[:, s].to(dtype) * z_b[:, s]).mean(0)
-        return
-    mean, shift, var = (z_a.new_empty(2, 1, d, dtype=dtype) for _ in range(3))
-    slab = square = None
-    for s in _slabs(d, n, NARROW_SLAB):
-        here, rest = _cut(mean, s), _cut(shift, s)
-        for view, z in enumerate((z_a, z_b)):
-            torch.mean(z[:, s], 0, dtype=dtype, out=here[view, 0])
-        slab = _stack(z_a, z_b, _ALL, s, less=here, out=slab)
-        slab -= torch.mean(slab, 1, keepdim=True, out=rest)  # what rounding left of the mean
-        square = torch.mul(slab, slab, out=_like(slab, square))
-        torch.mean(square, 1, keepdim=True, out=_cut(var, s))
-        torch.mean(torch.mul(slab[0], slab[1], out=square[0]), 0, out=_cut(c, s))
-    rstd = normalization.rstd(var, n)
-    c *= rstd.prod(0)[0]
-    kept = (slab.mul_(rstd),) if n * d <= KEEP_ELEMENTS else (mean, shift.mul_(rstd).neg_())
-    x.stats = (rstd, var, *kept)
+    if _is_small(x.z_a):
+        return _gram_of_small(x, lambd, scale)
+    n, d = x.z_a.shape
+    dtype = _compute_dtype(x.z_a)
+    x.c = x.z_a.new_empty(d, dtype=dtype)
+    diagonal = slab = room = tau = None
+    if x.normalization is not None:
+        x.stats = tuple(x.z_a.new_empty(2, 1, d, dtype=dtype) for _ in range(4))
+        few_means(x.z_a, x.z_b, out=x.stats[2])
+        diagonal = x.c.new_zeros(2, n)
+    panels: list[list[Tensor | None]] = [[None] * -(-n // PANEL) for _ in range(2)]
+    for columns in _slabs(d, n):
+        if diagonal is None:
+            slab = _stack(x.z_a, x.z_b, _ALL, columns, out=slab)
+            x.c[columns] = (slab[0] * slab[1]).mean(0)
+        else:
+            slab, tau, room = _standardize(x, columns, diagonal, room)
+        for view, x_hat in enumerate(slab):
+            for i, start in enumerate(range(0, n, PANEL)):  # rows of the lower triangle
+                stop = min(start + PANEL, n)
+                of_bulk = None if tau is None else tau[view, :stop]
+                panels[view][i] = _matmul_t(x_hat[start:stop], x_hat[:stop], x.z_a.dtype, of_bulk, panels[view][i])
+    del slab, room
+    k = x.c.new_empty(2, n, n)
+    for view, parts in enumerate(panels):
+        for panel, start in zip(parts, range(0, n, PANEL), strict=True):
+            stop = start + len(panel)
+            torch.div(panel, d, out=k[view, start:stop, :stop])
+            if start:
+                k[view, :start, start:stop] = k[view, start:stop, :start].mT
+    bulk: Tensor | float = 0.0
+    if diagonal is not None:
+        torch.div(diagonal, d, out=k.diagonal(dim1=1, dim2=2))
+        bulk = (n - 1) * _scalar(_bulk(x).prod())
+    inner = sum(_scalar((k[0, r] * k[1, r]).sum(dtype=torch.float64)) for r in _slabs(n, n)) + bulk
+    return _terms(x, _off_diag(x, inner * d**2), lambd, scale), k
+
+
+def _standardize(x: Normalized, columns: slice, diagonal: Tensor, room: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """A slab's statistics and c. Returns x_hat = (z - mean) * rstd + shift, (2, N, columns), tau / N for each sample,
+    and the room, which the first slab makes; adds what these features make of E's ``diagonal``, (2, N).
+
+    Features are centred by the mean of a few samples, and what is left of it is taken off the sums. If that is much,
+    these few were not like the others: then it is done again by the mean of all.
+    """
+    n, d = x.z_a.shape
+    first, *_, last = range(d)[columns]
+    width = last + 1 - first
+    parts = list(_slabs(width, n, NARROW_SLAB))
+    if room is None:  # one for all: malloc gives several back to the system, whose fresh pages cost more than the work
+        room = diagonal.new_empty(n * (2 * width + 3 * len(range(width)[parts[0]])))
+    slab, of_squares = _view(room, 2, n, width), room[2 * n * width :]
+    tau = 0.0
+    for part in parts:
+        x_hat = _cut(slab, part)
+        here = slice(first + (part.start or 0), first + (part.start or 0) + x_hat.shape[2])
+        rstd, var, mean, shift = (_cut(stat, here) for stat in x.stats)
+        squares = _view(of_squares, 3, n, x_hat.shape[2])
+        for _ in range(MEANS):
+            _stack(x.z_a, x.z_b, _ALL, here, less=mean, out=x_hat)
+            rest, moments = (sums.div_(n) for sums in sums_of(x_hat, squares))
+            if not without_rest(moments, rest, out=var):
+                break
+            mean += rest
+        rstd.copy_(x.normalization.rstd(var, n))
+        torch.mul(rest, rstd, out=shift).neg_()
+        x.c[here] = moments[2, 0].mul_(rstd[0, 0]).mul_(rstd[1, 0])
+        torch.addcmul(shift, x_hat, rstd, out=x_hat)
+        power = (var * rstd).mul_(rstd)
+        tau += power.sum(2)
+        diagonal -= torch.addcmul(power, x_hat, x_hat, value=-1, out=squares[:2]).sum(2)
+    return slab, (tau / (n - 1)).expand(2, n).contiguous(), room
+
+
+def _is_small(z: Tensor) -> bool:
+    """Whether what is made of the inputs is kept. Calls cost more than bytes there; but not where K is mostly bulk."""
+    n, d = z.shape
+    return n * d <= KEEP_ELEMENTS and d < BULK_RATIO * n
+
+
+def _gram_of_small(x: Normalized, lambd: float, scale: float) -> tuple[BarlowTwinsTerms, Tensor]:
+    """The same in few calls, with K_a / D and K_b / D, bulk and all, and x_hat kept."""
+    n, d = x.z_a.shape
+    if x.normalization is None:
+        x_hat = _stack(x.z_a, x.z_b, _ALL, _ALL)
+        x.c = (x_hat[0] * x_hat[1]).mean(0)
+    else:
+        mean = torch.stack([z.mean(0, keepdim=True, dtype=_compute_dtype(z)) for z in (x.z_a, x.z_b)])
+        x_hat = _stack(x.z_a, x.z_b, _ALL, _ALL, less=mean)
+        x_hat -= x_hat.mean(1, keepdim=True)  # what rounding left of the mean
+        var = x_hat.square().mean(1, keepdim=True)
+        rstd = x.normalization.rstd(var, n)
+        x.c = (x_hat[0] * x_hat[1]).mean(0).mul_(rstd.prod(0)[0])
+        x.stats = (rstd, var, x_hat.mul_(rstd))
+    k = torch.bmm(x_hat, x_hat.mT)
+    k.diagonal(dim1=1, dim2=2).copy_(x_hat.square().sum(2))  # whose terms a product may round to the same side, all
+    return _terms(x, _off_diag(x, _scalar(k.prod(0).sum(dtype=torch.float64))), lambd, scale), k.div_(d)
 
 
 def _standardized(x: Normalized, columns: slice, out: Tensor | None = None) -> Tensor:  # [2, N, columns]
@@ -137,26 +177,24 @@ def _standardized(x: Normalized, columns: slice, out: Tensor | None = None) -> T
     return torch.addcmul(shift, slab, rstd, out=slab)
 
 
-def _bulk(x: Normalized) -> list[Tensor]:
-    """Where D is much larger than N: tau, how much K has of I - 1 1^T / N; (2, 1) for each BULK_PART features.
+def _bulk(x: Normalized) -> Tensor:  # [2] float64
+    """tau / D, where tau (I - 1 1^T / N) is what K has of it, and E is the rest: K of independent features.
 
-    Random directions in D dimensions are orthogonal, so K is close to D (I - 1 1^T / N), and K A_hat to D A_hat, which
-    the normalisation's gradient removes. float32 would round the little that remains of it to the precision of what is
-    removed (gradient error 7e-6 at N=32 D=65536). So this part is taken out of K while it is summed, and what the
-    normalisation leaves of it is added to the gradient in closed form.
+    Where D is much larger than N, K is close to D (I - 1 1^T / N), and K A_hat to D A_hat, which the normalisation's
+    gradient removes: float32 would round the little that remains of it to the precision of what is removed (gradient
+    error 7e-6 at N=32 D=65536). So E is summed, the diagonal by itself, as x_hat^2 less its mean, and what the
+    normalisation leaves of the bulk is added to the gradient in closed form. E has no trace and 1^T E = 0, so
+    <K_a, K_b> = <E_a, E_b> + (N - 1) tau_a tau_b.
     """
     n, d = x.z_a.shape
-    if x.normalization is None or d < BULK_RATIO * n:
-        return []
     rstd, var = x.stats[:2]
-    power = (var * rstd * rstd).mul_(n / (n - 1))
-    return [part.sum(2) for s in _slabs(d, n) for part in _cut(power, s).split(BULK_PART, dim=2)]
+    return (var * rstd).mul_(rstd).sum((1, 2), dtype=torch.float64).mul_(n / (n - 1) / d)
 
 
-def _off_diag(x: Normalized, inner: Tensor) -> Tensor | float:
+def _off_diag(x: Normalized, inner: Tensor | float) -> Tensor | float:
     """||C||^2 - sum_i C_ii^2, from <K_a, K_b>."""
     c = x.c.double()
-    off_diag = _scalar(inner) / x.z_a.shape[0] ** 2 - _scalar(torch.dot(c, c))
+    off_diag = inner / x.z_a.shape[0] ** 2 - _scalar(torch.dot(c, c))
     return off_diag.clamp_min(0) if isinstance(off_diag, Tensor) else max(off_diag, 0.0)  # NaN stays NaN in both
 
 
@@ -196,8 +234,8 @@ def _gram_grad(
         rstd_alpha = rstd * alpha
         own_1 = rstd_alpha * -(kappa := x.normalization.kappa(var, n))
         own_0 = (rstd_d * x.c).mul_(-kappa)
-        if bulk := _bulk(x):
-            tau = torch.stack(bulk).sum(0, dtype=torch.float64).to(rstd.dtype).flip(0)[..., None] / features
+        if x.kept is None:
+            tau = _bulk(x).flip(0).to(rstd.dtype)[:, None, None]  # of the other view
             own_0 += rstd_alpha * tau * x.normalization.remainder(rstd)
     slab = own_p = None
     for columns in blocks:

@@ -24,7 +24,7 @@ def forward(z_a: Tensor, z_b: Tensor, part: Part) -> tuple[BarlowTwinsTerms, lis
         shard = arrive()  # (N, D / P)
         moments = None if rules.normalization is None else ops.moments(shard, segments.sizes)
         views.append(ops.View(shard, moments, rules.normalization, segments))
-        k, tau = ops.partial_gram(views[-1], part.d)
+        k, tau = ops.partial_gram(views[-1])
         taus.append(tau)
         sums.append(sum_over_ranks(k, part))
     c = ops.diagonal(*views).div_(part.n)  # (D / P,)

@@ -143,11 +143,13 @@ def _slabs_cost(p: Problem) -> Cost:
     if p.route == "gram":
         product = 2 * n * n * size
         slabs = -(-2 * n * d * size // of_columns)
-        # Statistics need a slab and its square; then K_a * K_b, and the same in float64 to be summed.
-        forward = max(2 * of_columns, product + of_columns + n * n * (size + 8))
+        # A slab and room for three views' squares, beside K's lower triangles; or those and K; or K_a * K_b, and the
+        # same in float64 to be summed.
+        squares = _slab_bytes(d, n, size, cpu_slabs.NARROW_SLAB) * 3 // 2
+        forward = max(of_columns + squares + product * 5 // 8, product * 13 // 8, product + n * n * (size + 8))
         # A slab, one view's P (which becomes the gradient where there is one slab) and A_hat * P
         backward = product + of_columns + of_columns // (2 if slabs == 1 and in_size == size else 1)
-        # Passes over K_a and K_b: zeroed, mirrored, divided, multiplied and summed in float64, 8; each slab adds to
+        # Passes over K_a and K_b: divided, mirrored, multiplied and summed in float64, 8; each slab adds to
         # their lower triangles, and in the backward pass reads them.
         product_passes = 8 + 2 * slabs
     elif p.world_size > 1:
@@ -162,8 +164,8 @@ def _slabs_cost(p: Problem) -> Cost:
         product = d * d * size
         keeps = torch_direct.keeps(n * d, p.dtype)
         kept, slab, slabs = (2 * n * d * size, 0, 1) if keeps else (0, of_rows, -(-2 * n * d * size // of_rows))
-        # C, its square or a slab's product; or a slab, and a product of views
-        forward = kept + product + max(slab + product, slab + of_rows // 2)
+        # C, its square or a slab's product; a slab, and three views' products
+        forward = kept + product + slab + max(product, of_rows * 3 // 2)
         # C and G; a slab, and one view's P where it is not multiplied into the gradient
         backward = kept + 2 * product + slab + (slab // 2 if size == 4 else 0)
         # Passes over C: scaled 4, squared and summed 6, G made of it 4; each slab's product is written, read and added
@@ -269,9 +271,9 @@ def usual_cost(p: Problem) -> Cost:
 COSTS = {"torch": torch_cost, "triton": triton_cost, "cuda": cuda_cost, "reference": reference_cost}
 
 
-def _slab_bytes(length: int, other: int, size: int) -> int:
+def _slab_bytes(length: int, other: int, size: int, least: int = cpu_slabs.MIN_SLAB) -> int:
     """Bytes of a slab of both views in the compute dtype, as the torch backend cuts them."""
-    return 2 * other * len(range(length)[next(cpu_slabs._slabs(length, other))]) * size
+    return 2 * other * len(range(length)[next(cpu_slabs._slabs(length, other, least))]) * size
 
 
 def _cost(p: Problem, flops: int, bytes_moved: int, peak_memory: int, product_dtype: torch.dtype) -> Cost:

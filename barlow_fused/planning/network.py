@@ -25,8 +25,7 @@ import dataclasses
 import math
 from typing import Any
 
-from ..backends.torch_partial import panel_sizes
-from ..backends.torch_slabs import FEW_SAMPLES
+from ..backends.torch_partial import FLOAT64_SAMPLES, panel_sizes
 from ..distributed.agreement import FIELDS
 from .cost import Cost, Problem
 
@@ -91,7 +90,7 @@ class Collective:
 def gram_collectives(p: Problem, backend: str) -> list[Collective]:
     """Those of the Gram route (distributed/gram.py), in their order."""
     in_size, size = p.dtype.itemsize, p.compute_dtype.itemsize
-    if backend == "torch" and p.n < FEW_SAMPLES:
+    if backend == "torch" and p.n < FLOAT64_SAMPLES:
         size = 8
     view = p.n // p.world_size * p.d * in_size
     k = sum(panel_sizes(p.n)) * size

@@ -34,7 +34,7 @@ def _gram(ops, z_a: Tensor, z_b: Tensor, sizes: tuple[int, ...], lambd: float): 
     segments = Segments(sizes, sizes, (1.0,) * len(sizes))
     shards = [[z[:, : d // 2].contiguous(), z[:, d // 2 :].contiguous()] for z in (z_a, z_b)]
     views = [[ops.View(z, ops.moments(z, sizes), CONVENTION, segments) for z in both] for both in shards]
-    parts = [[ops.partial_gram(view, d) for view in both] for both in views]
+    parts = [[ops.partial_gram(view) for view in both] for both in views]
     flats = tuple(first[0] + second[0] for first, second in parts)
     taus = torch.stack([first[1] + second[1] for first, second in parts])
     cs = [ops.diagonal(a, b) / n for a, b in zip(*views, strict=True)]

@@ -9,7 +9,7 @@ import torch
 from cases import NORMALIZATIONS, answer, assert_close, views
 
 from barlow_fused import barlow_twins_loss
-from barlow_fused.backends import torch_direct
+from barlow_fused.backends import slabs, torch_direct
 
 N, D = 6000, 130
 
@@ -20,7 +20,7 @@ def keep(request, monkeypatch):
 
 
 def check(z_a, z_b, normalization="batch_norm"):
-    assert not torch_direct._one_slab(z_a)
+    assert len(list(slabs._slabs(*z_a.shape))) > 1
     loss = functools.partial(barlow_twins_loss, backend="torch", return_terms=True, normalization=normalization)
     assert_close(answer(loss, z_a, z_b), z_a, z_b, NORMALIZATIONS[normalization])
 
@@ -39,7 +39,8 @@ def test_large_means_lose_nothing(ratio):
 
 def test_rows_that_are_unlike_the_others(monkeypatch):
     """The first mean is that of a few rows: here of one, which is far from all others."""
-    monkeypatch.setattr(torch_direct, "FEW_ROWS", 1)
+    monkeypatch.setattr(slabs, "FEW_SAMPLES", 1)
+    monkeypatch.setattr(slabs, "FEW_OF", N)
     z_a, z_b = views(N, D)
     for z in (z_a, z_b):
         z[0] += 1000 * torch.randn(D, generator=torch.Generator().manual_seed(int(z is z_b)))
@@ -49,7 +50,7 @@ def test_rows_that_are_unlike_the_others(monkeypatch):
 @pytest.mark.parametrize("normalization", ["batch_norm", "std"])
 @pytest.mark.parametrize("value", [0.0, 0.1, 1234.567])
 def test_features_with_zero_variance(value, normalization, monkeypatch):
-    monkeypatch.setattr(torch_direct, "FEW_ROWS", 100)  # whose mean is rounded
+    monkeypatch.setattr(slabs, "FEW_OF", 60)  # a hundred, whose mean is rounded
     z_a, z_b = views(N, D)
     z_a[:, ::3], z_b[:, ::5] = value, value
     check(z_a, z_b, normalization)

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from cases import NORMALIZATIONS, ROUTES, answer, assert_close, views
+from cases import NORMALIZATIONS, ROUTES, answer, assert_close, oracle, views
 
 from barlow_fused import barlow_twins_loss
 from barlow_fused.backends import slabs, torch_direct, torch_slabs
@@ -36,8 +36,41 @@ def test_without_onednn(monkeypatch):
     assert_close(answer(torch_loss(), z_a, z_b), z_a, z_b, NORMALIZATIONS["batch_norm"])
 
 
+GRAM = torch_loss(route="gram")
+
+
+def test_samples_that_are_unlike_the_others(monkeypatch):
+    """The first mean is that of a few samples: here of one, which is far from all others."""
+    monkeypatch.setattr(slabs, "FEW_SAMPLES", 1)
+    monkeypatch.setattr(slabs, "FEW_OF", 300)
+    z_a, z_b = views(300, 3000)
+    for z in (z_a, z_b):
+        z[0] += 1000 * torch.randn(3000, generator=torch.Generator().manual_seed(int(z is z_b)))
+    assert_close(answer(GRAM, z_a, z_b), z_a, z_b, NORMALIZATIONS["batch_norm"])
+
+
+@pytest.mark.parametrize("normalization", ["batch_norm", "std"])
+@pytest.mark.parametrize("value", [0.0, 0.1, 1234.567, 1e6])
+def test_features_with_zero_variance(value, normalization):
+    """Those of a few samples sum to a mean that is rounded."""
+    z_a, z_b = views(300, 3000)
+    z_a[:, ::3], z_b[:, ::5] = value, value
+    loss = torch_loss(route="gram", normalization=normalization)
+    assert_close(answer(loss, z_a, z_b), z_a, z_b, NORMALIZATIONS[normalization])
+
+
+@pytest.mark.parametrize(("n", "d"), [(256, 3000), (64, 3000), (512, 2048), (100, 777)])
+def test_two_valued_features_lose_nothing(n, d):
+    """K's diagonal by a matrix product is biased there, by 3e-6: all of its summands are rounded alike."""
+    generator = torch.Generator().manual_seed(n + d)
+    shared, *own = (torch.randn(n, d, generator=generator) for _ in range(3))
+    z_a, z_b = ((0.9**0.5 * shared + 0.1**0.5 * of_view > 0).float() for of_view in own)
+    want = float(oracle(z_a, z_b, NORMALIZATIONS["batch_norm"], lambd=1.0).loss)
+    assert abs(float(GRAM(z_a, z_b, lambd=1.0).loss) - want) < 4e-7 * want
+
+
 def test_few_samples_and_very_many_features():
-    """K's sums over slabs are kept in float64 where N is small: in float32 the gradient would be off by 4e-6 here."""
+    """The bulk of K is left out of all of its sums: with it, the gradient would be off by more."""
     generator = torch.Generator().manual_seed(1)
     shared, *own = (torch.randn(16, 131072, generator=generator) for _ in range(3))
     z_a, z_b = (0.98**0.5 * shared + 0.02**0.5 * of_view for of_view in own)

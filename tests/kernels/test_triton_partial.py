@@ -29,7 +29,7 @@ def launches_of(arch: int, n: int, d: int, dtype: torch.dtype, segments: Segment
         z = torch.empty(n, d, dtype=dtype, device="meta")
         moments = torch.empty(3, len(segments.sizes), d, device="meta")
         views = [triton_partial.View(z, moments, Normalization(), segments) for _ in range(2)]
-        triton_partial.partial_gram(views[0], 8 * d)
+        triton_partial.partial_gram(views[0])
         product = torch.empty(2, n, n, dtype=views[0].product_dtype, device="meta")
         scalar = torch.empty((), dtype=torch.float64, device="meta")
         tau = torch.empty(2, len(segments.sizes), dtype=torch.float64, device="meta")

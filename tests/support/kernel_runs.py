@@ -72,7 +72,7 @@ def _partial(route: str, n: int, d: int, dtype: torch.dtype) -> Callable[[], flo
         for z in cases.views(n, d, dtype):
             views.append(partial.View(z, partial.moments(z, (n,)), Normalization(), segments))
         if route == "gram":
-            flat, (bulk,) = partial.partial_gram(views[0], 2 * d)
+            flat, (bulk,) = partial.partial_gram(views[0])
             flat = flat.double()
             for start, _, panel in torch_partial.panels(flat, n):
                 panel.diagonal(start).add_(bulk)
