@@ -7,6 +7,7 @@ from . import waiting
 waiting.set_policy()  # before anything loads PyTorch
 
 from .choice import configure  # noqa: E402
+from .linear import LinearBarlowTwinsLoss, linear_barlow_twins_loss  # noqa: E402
 from .loss import BarlowTwinsLoss, barlow_twins_loss, cross_correlation  # noqa: E402
 from .normalization import Normalization  # noqa: E402
 from .reference import BarlowTwinsTerms  # noqa: E402
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BarlowTwinsLoss",
     "BarlowTwinsTerms",
+    "LinearBarlowTwinsLoss",
     "LossFloor",
     "Normalization",
     "Plan",
@@ -27,6 +29,7 @@ __all__ = [
     "configure",
     "cross_correlation",
     "kappa",
+    "linear_barlow_twins_loss",
     "loss_floor",
     "plan",
     "suggest_lambda",

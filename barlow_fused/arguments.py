@@ -66,9 +66,11 @@ def check_group_options(options: Options) -> None:
         )
 
 
-def check_inputs(z_a: Tensor, z_b: Tensor, min_samples: int = 2) -> None:
-    """Two views' projector outputs, (N, D), of one shape, dtype and device."""
-    for name, z in (("z_a", z_a), ("z_b", z_b)):
+def check_inputs(
+    z_a: Tensor, z_b: Tensor, min_samples: int = 2, names: tuple[str, str] = ("z_a", "z_b"), of: str = "features D"
+) -> None:
+    """Two views' projector outputs, (N, D), or activations, (N, H), of one shape, dtype and device."""
+    for name, z in zip(names, (z_a, z_b), strict=True):
         if not isinstance(z, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(z).__name__}")
         if z.dtype not in DTYPES:
@@ -77,22 +79,24 @@ def check_inputs(z_a: Tensor, z_b: Tensor, min_samples: int = 2) -> None:
             got = "a nested tensor" if z.is_nested else f"layout {z.layout}"
             raise TypeError(f"{name} must be a dense (strided) tensor, got {got}")
         if z.dim() != 2:
-            raise ValueError(f"{name} must be 2-D, (samples N, features D), got shape {tuple(z.shape)}")
+            raise ValueError(f"{name} must be 2-D, (samples N, {of}), got shape {tuple(z.shape)}")
+    both = " and ".join(names)
     if z_a.shape != z_b.shape:
-        raise ValueError(f"z_a and z_b must have the same shape, got {tuple(z_a.shape)} and {tuple(z_b.shape)}")
+        raise ValueError(f"{both} must have the same shape, got {tuple(z_a.shape)} and {tuple(z_b.shape)}")
     if z_a.dtype != z_b.dtype:
-        raise TypeError(f"z_a and z_b must have the same dtype, got {z_a.dtype} and {z_b.dtype}")
+        raise TypeError(f"{both} must have the same dtype, got {z_a.dtype} and {z_b.dtype}")
     if z_a.device != z_b.device:
-        raise ValueError(f"z_a and z_b must be on the same device, got {z_a.device} and {z_b.device}")
+        raise ValueError(f"{both} must be on the same device, got {z_a.device} and {z_b.device}")
     n, d = z_a.shape
     if n < min_samples:
         raise ValueError(
-            f"z_a and z_b must have at least {min_samples} samples (N >= {min_samples}), got N = {n}"
+            f"{both} must have at least {min_samples} samples (N >= {min_samples}), got N = {n}"
             if min_samples > 1
-            else "z_a and z_b must have at least 1 sample on every rank, got 0"
+            else f"{both} must have at least 1 sample on every rank, got 0"
         )
     if d < 1:
-        raise ValueError(f"z_a and z_b must have at least 1 feature (D >= 1), got D = {d}")
+        what, _, letter = of.rpartition(" ")
+        raise ValueError(f"{both} must have at least 1 {what[:-1]} ({letter} >= 1), got {letter} = {d}")
 
 
 def finite(name: str, value: float) -> float:

@@ -102,7 +102,7 @@ def _loss(z_a: Tensor, z_b: Tensor, options: Options) -> Tensor | BarlowTwinsTer
     if backend == "reference":
         terms = reference_loss(z_a, z_b, lambd, scale, convention)
     else:
-        terms = apply(z_a, z_b, Spec(backend, route, convention, lambd, scale), options.return_terms)
+        terms = apply((z_a, z_b), Spec(backend, route, convention, lambd, scale), options.return_terms)
     return BarlowTwinsTerms(*terms) if options.return_terms else terms[0]
 
 

@@ -37,6 +37,7 @@ class Spec(NamedTuple):
     normalization: Normalization | None
     lambd: float
     scale: float
+    chunk: int = 0  # features at a time, of the loss with the last layer (linear/); 0: what caches or memory hold
 
 
 class Weights(NamedTuple):

@@ -45,6 +45,25 @@ class Normalized:
     # rstd, biased variance, and what each route adds: mean or kept views first. [2, 1, D], two views, if not said.
     stats: tuple[Tensor, ...] = ()
 
+    made = False  # whether slabs are made when they are asked for, centred already (linear/slabs.py)
+
+    def slab(self, rows: slice, columns: slice, less: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """Some samples or features of both views, [2, rows, columns], minus ``less``."""
+        return _stack(self.z_a, self.z_b, rows, columns, less, out)
+
+    def columns(self) -> Iterator[slice]:
+        """The slabs of features."""
+        n, d = self.z_a.shape
+        return _slabs(d, n)
+
+    def few_means(self, out: Tensor) -> Tensor:
+        """Each feature's mean over a few samples."""
+        return few_means(self.z_a, self.z_b, out)
+
+    def gradients(self, views: list[int], whole: bool) -> Gradients:
+        """Where a backward pass puts dL/dz of these views, all at once or by slabs."""
+        return Gradients((self.z_a, self.z_b), views, whole)
+
     def saved(self) -> list[Tensor]:
         """What a backward pass needs, beside the inputs, to build this again."""
         return [self.c, *self.stats]
@@ -60,6 +79,36 @@ class Normalized:
     def kept(self) -> Tensor | None:  # [2, N, D]
         """Both views, standardised (Gram) or centred (direct), where they are kept."""
         return self.stats[2] if self.stats and self.stats[2].shape[1] > 1 else None
+
+
+class Gradients:
+    """dL/dz of both views, [N, D], in the inputs' dtype: what a backward pass puts together from slabs."""
+
+    def __init__(self, inputs: tuple[Tensor, Tensor], views: list[int], whole: bool) -> None:
+        self._dtype = inputs[0].dtype
+        self._of_view: list[Tensor | None] = [None, None]
+        if not whole:
+            for view in views:
+                self._of_view[view] = torch.empty_like(inputs[view])
+
+    def room(self, view: int, index: tuple[slice, slice], dtype: torch.dtype) -> Tensor | None:
+        """Where a slab's gradient may be written; None where it is in another dtype, or whole."""
+        grad = self._of_view[view]
+        return None if grad is None or grad.dtype != dtype else grad[index]
+
+    def put(self, view: int, index: tuple[slice, slice], grad: Tensor, room: Tensor | None) -> None:
+        """A slab's gradient, which is in ``room`` if that was not None."""
+        if self._of_view[view] is None:
+            self._of_view[view] = grad.to(self._dtype)
+        elif room is None:
+            self._of_view[view][index] = grad
+
+    def end(self, index: tuple[slice, slice]) -> None:
+        """All views of a slab were put."""
+
+    def result(self) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients; None of a view that was not wanted."""
+        return self._of_view[0], self._of_view[1]
 
 
 def _terms(x: Normalized, off_diag: Tensor | float, lambd: float, scale: float) -> BarlowTwinsTerms:
@@ -108,10 +157,8 @@ def _view(room: Tensor, *shape: int) -> Tensor:
     return room[: math.prod(shape)].view(shape)
 
 
-def few_means(z_a: Tensor, z_b: Tensor, out: Tensor | None = None) -> Tensor:  # [2, 1, D]
+def few_means(z_a: Tensor, z_b: Tensor, out: Tensor) -> Tensor:  # [2, 1, D]
     """Each feature's mean over a few samples."""
-    if out is None:
-        out = z_a.new_empty(2, 1, z_a.shape[1], dtype=_compute_dtype(z_a))
     step = max(1, min(len(z_a) // FEW_SAMPLES, FEW_OF))
     for z, mean in zip((z_a, z_b), out, strict=True):
         torch.mean(z[::step], 0, keepdim=True, dtype=out.dtype, out=mean)

@@ -27,10 +27,8 @@ from .slabs import (
     _matmul_t,
     _scalar,
     _slabs,
-    _stack,
     _terms,
     _view,
-    few_means,
     sums_of,
     without_rest,
 )
@@ -50,11 +48,11 @@ def correlate(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tup
         c, moments, *_ = _sums(x, None)
         x.c = moments[2, 0].clone()  # torch.compile wants results that begin where their memory does
         return _terms_of(x, c.mul_(1 / n), lambd, scale)[0], c
-    shift = few_means(x.z_a, x.z_b)
+    shift = x.few_means(out=x.z_a.new_empty(2, 1, x.z_a.shape[1], dtype=_compute_dtype(x.z_a)))
     for _ in range(MEANS):
         c = kept = None  # room for the next
         c, moments, rest, kept = _sums(x, shift)
-        if not without_rest(moments, rest, out=moments[:2]):
+        if not without_rest(moments, rest, out=moments[:2]) or x.made:
             break
         shift += rest
     c.addr_(rest[0, 0], rest[1, 0], alpha=-n)
@@ -88,7 +86,7 @@ def _sums(x: Normalized, shift: Tensor | None) -> tuple[Tensor, Tensor, Tensor, 
     """
     n, d = x.z_a.shape
     kept = None
-    if shift is not None and keeps(x.z_a.numel(), x.z_a.dtype):
+    if shift is not None and not x.made and keeps(n * d, x.z_a.dtype):
         kept = shift.new_empty(2, n, d)
     product = rest = moments = room = None
     for rows in _slabs(n, d):
@@ -96,7 +94,7 @@ def _sums(x: Normalized, shift: Tensor | None) -> tuple[Tensor, Tensor, Tensor, 
         if room is None:  # one for all: malloc gives several back to the system
             room = x.z_a.new_empty((3 if kept is not None else 5) * height * d, dtype=_compute_dtype(x.z_a))
         out = _view(room[3 * height * d :], 2, height, d) if kept is None else kept[:, rows]
-        slab = _stack(x.z_a, x.z_b, rows, _ALL, less=shift, out=out)
+        slab = x.slab(rows, _ALL, less=shift, out=out)
         squares = _view(room, 3, height, d)
         of_slab = sums_of(slab, squares)
         rest, moments = _add(rest, of_slab[0]), _add(moments, of_slab[1])
@@ -126,7 +124,7 @@ def _centred(x: Normalized, rows: slice, out: Tensor | None) -> Tensor:  # [2, r
     """Some samples of both views, less the mean as it was rounded."""
     if x.kept is not None:
         return x.kept[:, rows]
-    return _stack(x.z_a, x.z_b, rows, _ALL, less=x.stats[2] if x.stats else None, out=out)
+    return x.slab(rows, _ALL, less=x.stats[2] if x.stats else None, out=out)
 
 
 def _add(total: Tensor | None, part: Tensor) -> Tensor:
@@ -163,18 +161,14 @@ def input_grad(
         for view in views:
             of_rest = torch.addmm(rest[view] * of_own[view], rest[1 - view], g if view else g.T)
             constant[view] = of_rest.neg_()[0]
-    grads: list[Tensor | None] = [None, None]
-    if len(blocks) > 1:
-        for view in views:
-            grads[view] = torch.empty_like((x.z_a, x.z_b)[view])
+    grads = x.gradients(views, whole=len(blocks) == 1)
     slab = None
     for rows in blocks:
         slab = _centred(x, rows, out=slab)
         added = x.normalization is not None and not _by_onednn(slab[0], g)
         for view in views:
             own, other, right = slab[view], slab[1 - view], g if view else g.T
-            here = grads[view][rows] if len(blocks) > 1 else None
-            out = here if here is not None and here.dtype == own.dtype else None
+            out = grads.room(view, (rows, _ALL), own.dtype)
             if added:  # the product is added to what is there, which costs it nothing
                 p = torch.addcmul(constant[view], own, of_own[view], out=out)
                 p.addmm_(other, right)
@@ -182,9 +176,9 @@ def input_grad(
                 p = _matmul_t(other, right.T, x.z_a.dtype, constant[view])
                 if x.normalization is not None:
                     p = torch.addcmul(p, own, of_own[view], out=p if out is None else out)
-            if here is None:
-                grads[view] = p.to(x.z_a.dtype)
-            elif p is not here:
-                here.copy_(p)
+                elif out is not None:
+                    p = out.copy_(p)
+            grads.put(view, (rows, _ALL), p, out)
             del p  # before the next one is made
-    return grads[0], grads[1]
+        grads.end((rows, _ALL))
+    return grads.result()

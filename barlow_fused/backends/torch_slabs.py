@@ -32,7 +32,6 @@ from .slabs import (
     _stack,
     _terms,
     _view,
-    few_means,
     sums_of,
     without_rest,
 )
@@ -67,7 +66,7 @@ def gram(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[Ba
 
     In one walk over the inputs: a slab is standardised, multiplied with itself, and dropped.
     """
-    if _is_small(x.z_a):
+    if not x.made and _is_small(x.z_a):
         return _gram_of_small(x, lambd, scale)
     n, d = x.z_a.shape
     dtype = _compute_dtype(x.z_a)
@@ -75,12 +74,12 @@ def gram(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[Ba
     diagonal = slab = room = tau = None
     if x.normalization is not None:
         x.stats = tuple(x.z_a.new_empty(2, 1, d, dtype=dtype) for _ in range(4))
-        few_means(x.z_a, x.z_b, out=x.stats[2])
+        x.few_means(out=x.stats[2])
         diagonal = x.c.new_zeros(2, n)
     panels: list[list[Tensor | None]] = [[None] * -(-n // PANEL) for _ in range(2)]
-    for columns in _slabs(d, n):
+    for columns in x.columns():
         if diagonal is None:
-            slab = _stack(x.z_a, x.z_b, _ALL, columns, out=slab)
+            slab = x.slab(_ALL, columns, out=slab)
             x.c[columns] = (slab[0] * slab[1]).mean(0)
         else:
             slab, tau, room = _standardize(x, columns, diagonal, room)
@@ -118,7 +117,8 @@ def _standardize(x: Normalized, columns: slice, diagonal: Tensor, room: Tensor |
     parts = list(_slabs(width, n, NARROW_SLAB))
     if room is None:  # one for all: malloc gives several back to the system, whose fresh pages cost more than the work
         room = diagonal.new_empty(n * (2 * width + 3 * len(range(width)[parts[0]])))
-    slab, of_squares = _view(room, 2, n, width), room[2 * n * width :]
+    slab = x.slab(_ALL, columns) if x.made else _view(room, 2, n, width)
+    of_squares = room[2 * n * width :]
     tau = 0.0
     for part in parts:
         x_hat = _cut(slab, part)
@@ -126,9 +126,10 @@ def _standardize(x: Normalized, columns: slice, diagonal: Tensor, room: Tensor |
         rstd, var, mean, shift = (_cut(stat, here) for stat in x.stats)
         squares = _view(of_squares, 3, n, x_hat.shape[2])
         for _ in range(MEANS):
-            _stack(x.z_a, x.z_b, _ALL, here, less=mean, out=x_hat)
+            if not x.made:
+                x.slab(_ALL, here, less=mean, out=x_hat)
             rest, moments = (sums.div_(n) for sums in sums_of(x_hat, squares))
-            if not without_rest(moments, rest, out=var):
+            if not without_rest(moments, rest, out=var) or x.made:
                 break
             mean += rest
         rstd.copy_(x.normalization.rstd(var, n))
@@ -171,9 +172,9 @@ def _standardized(x: Normalized, columns: slice, out: Tensor | None = None) -> T
     if x.kept is not None:
         return x.kept
     if x.normalization is None:
-        return _stack(x.z_a, x.z_b, _ALL, columns, out=out)
+        return x.slab(_ALL, columns, out=out)
     rstd, _, mean, shift = (_cut(stat, columns) for stat in x.stats)
-    slab = _stack(x.z_a, x.z_b, _ALL, columns, less=mean, out=out)
+    slab = x.slab(_ALL, columns, less=mean, out=out)
     return torch.addcmul(shift, slab, rstd, out=slab)
 
 
@@ -223,11 +224,8 @@ def _gram_grad(
     n, features = x.z_a.shape
     d -= x.c * alpha
     alpha = alpha * (features / n)
-    blocks = list(_slabs(features, n))
-    grads: list[Tensor | None] = [None, None]
-    if len(blocks) > 1:
-        for view in views:
-            grads[view] = torch.empty_like((x.z_a, x.z_b)[view])
+    blocks = list(x.columns())
+    grads = x.gradients(views, whole=len(blocks) == 1)
     if x.normalization is not None:  # grad = rstd_alpha * P + rstd_d * other + (own_0 + own_1 * mean_n(own * P)) * own
         rstd, var = x.stats[:2]
         rstd_d = rstd * d
@@ -250,11 +248,9 @@ def _gram_grad(
                 own_p = torch.mul(own, p, out=_like(own, own_p))
                 p.mul_(_cut(rstd_alpha[view], columns)).addcmul_(other, _cut(rstd_d[view], columns))
                 last = (own, torch.addcmul(_cut(own_0[view], columns), _cut(own_1[view], columns), own_p.mean(0)))
-            if len(blocks) == 1:
-                grads[view] = p.addcmul_(*last).to(x.z_a.dtype)
-            elif p.dtype == x.z_a.dtype:
-                torch.addcmul(p, *last, out=grads[view][:, columns])
-            else:
-                grads[view][:, columns] = p.addcmul_(*last)
+            room = grads.room(view, (_ALL, columns), p.dtype)
+            p = torch.addcmul(p, *last, out=p if room is None else room)
+            grads.put(view, (_ALL, columns), p, room)
             del p  # before the next one is made
-    return grads[0], grads[1]
+        grads.end((_ALL, columns))
+    return grads.result()

@@ -1,0 +1,195 @@
+"""What a user calls: the loss with the last linear layer in it, as a function and as a module."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..arguments import Options, check_inputs, finite, integer
+from ..backends.operations import Spec
+from ..choice import ROUTES, choose_backend, choose_route
+from ..function import apply
+from ..loss import BarlowTwinsLoss
+from ..normalization import Normalization, resolve_normalization
+from ..reference import BarlowTwinsTerms, reference_loss
+
+HIDDEN_AT_MOST = 0.5  # hidden units of a sample's, up to which "auto" takes the hidden route
+
+
+def linear_barlow_twins_loss(
+    h_a: Tensor,  # [N, H]
+    h_b: Tensor,  # [N, H]
+    weight: Tensor,  # [D, H]
+    lambd: float = 0.0051,
+    scale: float = 1.0,
+    normalization: str | Normalization = "batch_norm",
+    eps: float | None = None,
+    route: str = "auto",
+    backend: str = "auto",
+    return_terms: bool = False,
+    chunk_features: int | None = None,
+) -> Tensor | BarlowTwinsTerms:
+    """The Barlow Twins loss of z = h weight^T, exact, without the (N, D) embeddings: last layer and loss in one.
+
+        loss = barlow_twins_loss(h_a @ weight.T, h_b @ weight.T)
+
+    As fused linear cross-entropy losses do for language models (Liger, arXiv 2410.10989; cut cross-entropy, arXiv
+    2411.09009): embeddings are made a slab of features at a time, in the forward and again in the backward pass. Beside
+    h, the weight and their gradients it takes two slabs and two (N, N) matrices, whatever D is.
+
+    Args:
+        h_a, h_b: two views' activations before the projector's last linear layer, (N, H) with N >= 2; float32, float64,
+            bfloat16 or float16, of one dtype and on one device; any strides. Under autocast they and the weight are
+            taken in autocast's dtype, as by ``nn.Linear``.
+        weight: that layer's weight, (D, H), as ``nn.Linear`` has it, of the same dtype. There is no bias: the
+            standardisation takes it out again.
+        lambd, scale, normalization, eps, backend, return_terms: as in :func:`barlow_twins_loss`. The backend
+            ``"reference"`` makes z.
+        route: ``"gram"`` or ``"direct"`` of :func:`barlow_twins_loss`; ``"hidden"``, which makes no embeddings at all
+            (34 H^2 D FLOPs, two (H, H) matrices; PyTorch's operators alone); or ``"auto"``: hidden where H <= N/2, if
+            the backend may be PyTorch's operators.
+        chunk_features: features of a slab of the Gram and the hidden route; None: what a CPU's caches hold, or on
+            accelerators 128 MiB of embeddings.
+
+    Returns:
+        As :func:`barlow_twins_loss`, differentiable with respect to h_a, h_b and weight.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above; the message names it.
+        RuntimeError: the backend asked for cannot run here, or a second derivative was asked for.
+    """
+    options = Options(lambd, scale, normalization, eps, route, backend, return_terms)
+    return _loss(h_a, h_b, weight, options, chunk_features)
+
+
+def _loss(
+    h_a: Tensor, h_b: Tensor, weight: Tensor, options: Options, chunk_features: int | None
+) -> Tensor | BarlowTwinsTerms:
+    h_a, h_b, weight = _autocast(h_a, h_b, weight)
+    check_inputs(h_a, h_b, names=("h_a", "h_b"), of="hidden units H")
+    _check_weight(weight, h_a)
+    lambd, scale = finite("lambd", options.lambd), finite("scale", options.scale)
+    chunk = 0 if chunk_features is None else integer("chunk_features", chunk_features, 1)
+    convention = resolve_normalization(options.normalization, options.eps)
+    backend = choose_backend(options.backend)
+    route = choose_linear_route(options.route, len(h_a), h_a.shape[1], len(weight), backend)
+    if backend == "reference":
+        terms = reference_loss(h_a @ weight.T, h_b @ weight.T, lambd, scale, convention)
+    else:
+        spec = Spec("torch" if route == "hidden" else backend, route, convention, lambd, scale, chunk)
+        terms = apply((h_a, h_b, weight), spec, options.return_terms)
+    return BarlowTwinsTerms(*terms) if options.return_terms else terms[0]
+
+
+def choose_linear_route(route: str, n: int, h: int, d: int, backend: str) -> str:
+    """The route for N samples of H hidden units and D features."""
+    if route == "hidden":
+        if backend not in ("auto", "torch"):
+            raise ValueError(f"route='hidden' is PyTorch's operators: it cannot run with backend={backend!r}")
+        return route
+    if route not in ("auto", *ROUTES):
+        raise ValueError(f"route must be 'gram', 'direct', 'hidden' or 'auto', got {route!r}")
+    asked = choose_route(route)
+    if asked == "auto" and backend in ("auto", "torch") and h <= HIDDEN_AT_MOST * min(n, d):
+        return "hidden"
+    return choose_route(route, n, d, backend)
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors as nn.Linear takes them under autocast."""
+    first = tensors[0]
+    if not isinstance(first, Tensor) or not torch.amp.is_autocast_available(first.device.type):
+        return tensors
+    if not torch.is_autocast_enabled(first.device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(first.device.type)
+    return tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    )
+
+
+def _check_weight(weight: Tensor, h: Tensor) -> None:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a torch.Tensor, got {type(weight).__name__}")
+    for name, tensor in (("weight", weight), ("h_a", h)):
+        if hasattr(tensor, "device_mesh"):
+            raise TypeError(f"{name} must be a plain tensor, got a DTensor: give its local or its full tensor")
+    if weight.layout != torch.strided or weight.is_nested:
+        raise TypeError(f"weight must be a dense (strided) tensor, got layout {weight.layout}")
+    if weight.dim() != 2 or weight.shape[1] != h.shape[1] or not len(weight):
+        raise ValueError(
+            f"weight must be 2-D, (features D >= 1, hidden units H = {h.shape[1]}), got shape {tuple(weight.shape)}"
+        )
+    if weight.dtype != h.dtype:
+        raise TypeError(f"weight and h_a must have the same dtype, got {weight.dtype} and {h.dtype}")
+    if weight.device != h.device:
+        raise ValueError(f"weight and h_a must be on the same device, got {weight.device} and {h.device}")
+
+
+class LinearBarlowTwinsLoss(nn.Module):
+    """:func:`linear_barlow_twins_loss` as a module that owns the weight.
+
+    >>> projector, last = projector[:-1], projector[-1]
+    >>> barlow = LinearBarlowTwinsLoss.from_linear(last, lambd=0.0051)
+    >>> loss = barlow(projector(y_a), projector(y_b))
+
+    Args:
+        in_features: H.
+        out_features: D.
+        device, dtype: of the weight, which starts as that of ``nn.Linear``.
+        options: those of :func:`linear_barlow_twins_loss` after the tensors; each is an attribute of ``loss``, and may
+            be changed there.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        chunk_features: int | None = None,
+        **options: object,
+    ) -> None:
+        super().__init__()
+        layer = nn.Linear(in_features, out_features, bias=False, device=device, dtype=dtype)
+        self.weight = layer.weight
+        self._take(chunk_features, options)
+
+    @classmethod
+    def from_linear(
+        cls, layer: nn.Linear, chunk_features: int | None = None, **options: object
+    ) -> LinearBarlowTwinsLoss:
+        """The loss that takes the place of ``layer`` and a loss behind it; it owns the same weight.
+
+        Raises:
+            ValueError: the layer has a bias and nothing standardises it away (``normalization="none"``).
+        """
+        if not isinstance(layer, nn.Linear):
+            raise TypeError(f"layer must be a torch.nn.Linear, got {type(layer).__name__}")
+        if layer.bias is not None and options.get("normalization", "batch_norm") == "none":
+            raise ValueError("layer has a bias, which normalization='none' would need: accepted is bias=False")
+        module = cls.__new__(cls)
+        nn.Module.__init__(module)
+        module.weight = layer.weight
+        module._take(chunk_features, options)
+        return module
+
+    def _take(self, chunk_features: int | None, options: dict[str, object]) -> None:
+        route = options.pop("route", "auto")
+        choose_linear_route(route, 2, 2, 2, choose_backend(options.get("backend", "auto")))
+        group = {"group", "gradient", "statistics", "reduce_dtype"} & options.keys()
+        if group:
+            raise TypeError(f"the loss with the last layer works on one process: got {', '.join(sorted(group))}")
+        self.loss = BarlowTwinsLoss(**options)
+        self.loss.route = route
+        self.chunk_features = None if chunk_features is None else integer("chunk_features", chunk_features, 1)
+
+    def forward(self, h_a: Tensor, h_b: Tensor) -> Tensor | BarlowTwinsTerms:  # [N, H], [N, H] -> []
+        """The loss of two views' activations."""
+        return _loss(h_a, h_b, self.weight, self.loss, self.chunk_features)
+
+    def extra_repr(self) -> str:
+        """The layer's shape."""
+        d, h = self.weight.shape
+        return f"in_features={h}, out_features={d}, chunk_features={self.chunk_features}"
