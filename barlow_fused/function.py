@@ -145,9 +145,9 @@ def _passes(spec: Spec, inputs: Sequence[Tensor]) -> ModuleType | Composed:
     """What has the forward and the backward pass (operations.py) of such inputs."""
     if len(inputs) == 2:
         return passes(backends.load(spec.backend, inputs[0].device))
-    from . import linear  # not everyone needs it
+    from .linear.passes import passes as linear_passes  # not everyone needs it
 
-    return linear.passes(spec, inputs[0].device)
+    return linear_passes(spec, inputs[0].device)
 
 
 def _save(ctx, inputs: Sequence[Tensor], saved: Sequence[Tensor], spec: Spec) -> None:

@@ -11,7 +11,17 @@ import pytest
 from subprocesses import ROOT, environment
 
 PACKAGE = ROOT / "barlow_fused"
-RUNS_A_CALL = ("loss", "function", "choice", "arguments", "normalization", "reference", "backends", "distributed")
+RUNS_A_CALL = (
+    "loss",
+    "function",
+    "choice",
+    "arguments",
+    "normalization",
+    "reference",
+    "backends",
+    "distributed",
+    "linear",
+)
 DOES_NOT = ("planning", "train", "integrations")
 
 

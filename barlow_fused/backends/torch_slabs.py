@@ -112,8 +112,8 @@ def _standardize(x: Normalized, columns: slice, diagonal: Tensor, room: Tensor |
     these few were not like the others: then it is done again by the mean of all.
     """
     n, d = x.z_a.shape
-    first, *_, last = range(d)[columns]
-    width = last + 1 - first
+    features = range(d)[columns]
+    first, width = features.start, len(features)
     parts = list(_slabs(width, n, NARROW_SLAB))
     if room is None:  # one for all: malloc gives several back to the system, whose fresh pages cost more than the work
         room = diagonal.new_empty(n * (2 * width + 3 * len(range(width)[parts[0]])))

@@ -108,6 +108,7 @@ def _basis(h_a: Tensor, h_b: Tensor, normalization: Normalization | None) -> Bas
     if normalization is not None:
         h = h - h.mean(1, keepdim=True)
     q, r = torch.linalg.qr(h / len(h_a) ** 0.5)
+    q, r = q.contiguous(), r.contiguous()  # as torch.compile is told
     return Basis(q, r, q[0].mT @ q[1])
 
 
@@ -118,6 +119,7 @@ class _Features:
         self.dtype = torch.promote_types(weight.dtype, torch.float32)
         self.weight, self.n, self.spec = weight, n, spec
         self.r, self.j = basis.r.to(self.dtype), basis.j.to(self.dtype)
+        self.least = basis.r.square().sum((1, 2)).mul_((4 * torch.finfo(self.dtype).eps) ** 2).to(self.dtype)
 
     def slabs(self) -> Iterator[slice]:
         """As many features at a time as caches hold, or memory should."""
@@ -134,6 +136,8 @@ class _Features:
         if convention is None:
             return w, y, 1.0, 0.0
         var = y.square().sum(1, keepdim=True)
+        known = var > self.least[:, None, None] * w.square().sum(1)  # or rounding made it, which rstd would enlarge
+        y, var = y.mul_(known), var.mul_(known)
         rstd = convention.rstd(var, self.n)
         return w, y * rstd, rstd, convention.kappa(var, self.n)
 

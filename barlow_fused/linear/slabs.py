@@ -129,7 +129,7 @@ class LayerGradients(Gradients):
     def __init__(self, x: LastLayer, views: list[int]) -> None:
         self._x, self._views = x, slice(views[0], views[-1] + 1)
         self._slab: Tensor | None = None  # [views, rows, columns]
-        self._of_h = x.h.new_zeros(len(views), *x.h.shape[1:])
+        self._of_h = [torch.zeros_like(x.h[0]) for _ in views]
         self._of_weight: Tensor | None = None
 
     def room(self, view: int, index: tuple[slice, slice], dtype: torch.dtype) -> Tensor:
@@ -151,7 +151,8 @@ class LayerGradients(Gradients):
             self._add_to_weight(rows, columns, grad.T, x.h[self._views, rows].flatten(0, 1))
         if x.needs[0] or x.needs[1]:
             of_h = _matmul_t(grad, x.rows_of_weight(columns).T, grad.dtype)
-            self._of_h[:, rows] += of_h.view(len(self._of_h), -1, of_h.shape[1])
+            for total, part in zip(self._of_h, of_h.chunk(len(self._of_h)), strict=True):
+                total[rows] += part
 
     def _add_to_weight(self, rows: slice, columns: slice, grad: Tensor, h: Tensor) -> None:
         weight, whole = self._x.weight, rows == _ALL

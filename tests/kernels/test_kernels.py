@@ -11,11 +11,12 @@ import torch
 from cases import NORMALIZATIONS, ROUTES, answer, assert_close, error, oracle, similar_views, views, wide_oracle
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from barlow_fused import barlow_twins_loss
+from barlow_fused import barlow_twins_loss, linear_barlow_twins_loss
 from barlow_fused.backends import accelerator
 from barlow_fused.backends.operations import Spec
 from barlow_fused.backends.triton_kernels import configs
 from barlow_fused.normalization import CONVENTIONS
+from barlow_fused.reference import reference_loss
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BATCH_NORM = NORMALIZATIONS["batch_norm"]
@@ -288,3 +289,24 @@ def test_plans_keep_no_tensor_alive(kernels):
     del z, term
     gc.collect()
     assert [ref() for ref in alive] == [None] * 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("n", "h", "d", "route"), [(33, 12, 100, "gram"), (70, 40, 150, "gram"), (40, 20, 24, "direct")]
+)
+def test_the_last_layer_in_the_loss(fused, n, h, d, route, dtype):
+    """By the kernels of one rank's part, a chunk of features after the other."""
+    generator = torch.Generator().manual_seed(n)
+    shared, *own = (torch.randn(n, h, generator=generator) for _ in range(3))
+    inputs = [(shared + 0.5 * x).relu() for x in own] + [torch.randn(d, h, generator=generator) / h**0.5]
+    inputs = [x.to(dtype).requires_grad_() for x in inputs]
+    backend = fused().keywords["backend"]
+    chunk = 64
+    loss = linear_barlow_twins_loss(*inputs, route=route, backend=backend, chunk_features=chunk)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    want = reference_loss(exact[0] @ exact[2].T, exact[1] @ exact[2].T).loss
+    loss_tolerance, tolerance = (1e-6, 4e-6) if dtype == torch.float32 else (2e-3, 2e-2)  # z is rounded to bfloat16
+    assert error(loss, want.detach()) < loss_tolerance
+    for got, ref in zip(torch.autograd.grad(loss, inputs), torch.autograd.grad(want, exact), strict=True):
+        assert error(got, ref) < tolerance
