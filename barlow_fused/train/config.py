@@ -83,6 +83,9 @@ class LossConfig:
     kappa: Annotated[
         float, "sets the off-diagonal sum's weight: lambda = kappa / (D / (N - 1) - 1), see docs/width.md"
     ] = 0.02
+    fused_projector: Annotated[
+        bool | None, "the projector's last layer and the loss in one: no embeddings (default: where they would not fit)"
+    ] = None
     gradient: Annotated[
         Literal["lightly", "official"], "on P processes: the loss's gradient, or 1/P of it as the paper's code"
     ] = "lightly"
@@ -210,7 +213,7 @@ def combine(*layers: Mapping[str, Any]) -> Config:
 
 
 MAY_CHANGE = {"out", "resume", "steps", "device", "verify", "workers", "data_dir", "download", "log_every", "knn_every"}
-MAY_CHANGE |= {"knn_images", "checkpoint_every", "keep"}  # none of these changes what a step computes
+MAY_CHANGE |= {"knn_images", "checkpoint_every", "keep", "fused_projector"}  # nor does this change what a step computes
 
 
 def resumed(flags: Mapping[str, Any], file: Path | None = None) -> Config:

@@ -79,10 +79,12 @@ class BarlowTwins(nn.Module):
         for width, next_width in itertools.pairwise(widths[:-1]):
             layers += [nn.Linear(width, next_width, bias=False), nn.BatchNorm1d(next_width), nn.ReLU(inplace=True)]
         self.projector = nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1], bias=False))
+        self.embeds = True  # False: the last layer is left to the loss (step.py)
 
-    def forward(self, y_a: Tensor, y_b: Tensor) -> tuple[Tensor, Tensor]:  # 2 x [N, C, H, W] -> 2 x [N, D]
-        """The projections of two views."""
-        return self.projector(self.backbone(y_a)), self.projector(self.backbone(y_b))
+    def forward(self, y_a: Tensor, y_b: Tensor) -> tuple[Tensor, Tensor]:  # 2 x [N, C, H, W] -> 2 x [N, D] or [N, H]
+        """The projections of two views, or what the last layer makes them of."""
+        project = self.projector if self.embeds else self.projector[:-1]
+        return project(self.backbone(y_a)), project(self.backbone(y_b))
 
 
 def build(

@@ -62,9 +62,9 @@ class Snapshot(NamedTuple):
     embedding: Spectrum  # of the projector's output
 
 
-def snapshot(h: Tensor, z_a: Tensor, z_b: Tensor) -> Snapshot:  # [N, F], 2 x [N, D]
-    """Reduce view a's representation and both views' embeddings to what the pictures show."""
-    return Snapshot(correlate(z_a, z_b), spectrum(h), spectrum(z_a))
+def snapshot(h: Tensor, z_a: Tensor, z_b: Tensor, features: int) -> Snapshot:  # [N, F], 2 x [N, D]
+    """Reduce view a's representation and both views' embeddings to what the pictures show; D of so many features."""
+    return Snapshot(correlate(z_a, z_b)._replace(features=features), spectrum(h), spectrum(z_a))
 
 
 def draw_spectra(before: Snapshot, after: Snapshot, path: Path) -> None:

@@ -13,7 +13,7 @@ second forward pass. What it means for the layers that depend on more than one i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
 
-from .. import BarlowTwinsLoss
+from .. import BarlowTwinsLoss, linear_barlow_twins_loss
 from ..reference import BarlowTwinsTerms, reference_loss
 from .config import Config
 from .loader import derive
-from .model import running_statistics_kept
+from .model import BarlowTwins, running_statistics_kept
 from .processes import Processes
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,8 +49,24 @@ class ReferenceLoss(nn.Module):
         return terms._replace(loss=share + (terms.loss - share).detach())
 
 
-def criterion(config: Config, processes: Processes) -> nn.Module:
+class LastLayerLoss:
+    """``--fused-projector``: the loss of what the network gives, and of its projector's last weight."""
+
+    def __init__(self, network: BarlowTwins, config: Config) -> None:
+        self.network, self.config = network, config
+
+    def __call__(self, h_a: Tensor, h_b: Tensor) -> BarlowTwinsTerms:  # 2 x [N, H]
+        """The loss of one process's samples."""
+        weight = self.network.projector[-1].weight
+        with autocast(self.config, h_a.device):
+            return linear_barlow_twins_loss(h_a, h_b, weight, lambd=self.config.lambd, return_terms=True)
+
+
+def criterion(config: Config, processes: Processes, network: BarlowTwins) -> Callable[[Tensor, Tensor], Any]:
     """The loss over the samples of all processes; returns (loss, on_diag, off_diag)."""
+    if config.fused_projector:
+        network.embeds = False
+        return LastLayerLoss(network, config)
     if config.loss == "reference" and processes.count > 1:
         return ReferenceLoss(config.lambd, config.gradient)
     several = {"group": "world", "gradient": config.gradient} if processes.count > 1 else {}
@@ -62,7 +78,7 @@ class Stepper(NamedTuple):
     """What a step needs beside its views."""
 
     model: nn.Module  # a BarlowTwins, or DistributedDataParallel's of one
-    criterion: nn.Module
+    criterion: Callable[[Tensor, Tensor], Any]  # of (z_a, z_b), or (h_a, h_b)
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     config: Config

@@ -10,6 +10,7 @@ import dataclasses
 import fcntl
 import json
 import math
+import os
 import platform
 import signal
 import sys
@@ -43,6 +44,8 @@ from .step import Stepper, autocast, criterion, to_device
 LOG_EVERY_STEP = 200  # runs of so many steps or fewer log each; longer ones every tenth
 SEEN = 1024  # images that the pictures are drawn from, and batch norm's first statistics
 SEEN_AT_ONCE = 128
+SEEN_FEATURES = 2**15  # of wider projectors so many, evenly spaced
+EMBEDDINGS = 6  # arrays of N x D numbers that a step has at once: two views, their gradients, and copies
 WIDEST_PIXELS = 4096  # numbers an image, up to which raw pixels are a representation to compare with
 
 
@@ -172,7 +175,7 @@ def fit(
         first = state["step"]
         say(console, f"Resumed after step {first}")
     stepper = Stepper(
-        wrap(network, config, device, by), criterion(config, by), optimizer, scaler, config, device, by.rank
+        wrap(network, config, device, by), criterion(config, by, network), optimizer, scaler, config, device, by.rank
     )
     parts = Parts(images, config, by)
     steps_per_epoch, schedule = parts.steps_per_epoch, config.epochs * parts.steps_per_epoch
@@ -270,6 +273,11 @@ def resolve(config: Config, images: Images, by: Processes) -> Config:
             f"--batch-size must be a multiple of the {by.count} processes times --accumulate {config.accumulate}, at "
             f"least two images for each; got {config.batch_size}"
         )
+    if config.fused_projector and config.loss == "reference":
+        raise ConfigError("--fused-projector is of --loss fused; got --loss reference")
+    if config.fused_projector and by.count > 1:
+        raise ConfigError(f"--fused-projector works on one process; there are {by.count}")
+    alone = by.count == 1 and config.loss == "fused"
     steps_per_epoch = count // config.batch_size
     steps = config.steps or config.epochs * steps_per_epoch
     return dataclasses.replace(
@@ -277,8 +285,19 @@ def resolve(config: Config, images: Images, by: Processes) -> Config:
         steps=steps,
         epochs=max(config.epochs, math.ceil(steps / steps_per_epoch)),
         image_size=config.image_size or images.size,
+        fused_projector=alone and crowded(config) if config.fused_projector is None else config.fused_projector,
         log_every=config.log_every or (1 if steps <= LOG_EVERY_STEP else 10),
     )
+
+
+def crowded(config: Config) -> bool:
+    """Whether the embeddings, their gradients and copies would take more than half of the memory."""
+    number = 8 if config.precision == "fp64" else 4
+    if config.device == "cuda":
+        memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return EMBEDDINGS * config.batch_size * config.projector_widths[-1] * number > memory / 2
 
 
 def start_run(config: Config, state: dict[str, Any] | None, by: Processes) -> Config:
@@ -398,14 +417,18 @@ class Monitor:
         alone = Parts(self.images, self.config, Processes(0, 0, 1))
         indices = some(self.images, self.config)
         training, seen = self.network.training, []
+        *_, last = self.network.projector
+        hidden, d = self.network.projector[:-1], last.out_features
+        chosen = torch.linspace(0, d - 1, min(d, SEEN_FEATURES)).long().to(self.device)
         self.network.eval()
         for part, start in enumerate(range(0, len(indices), SEEN_AT_ONCE)):
             views = alone.augment(indices[start : start + SEEN_AT_ONCE], 0, part)
             with autocast(self.config, self.device):
                 h_a, h_b = (self.network.backbone(to_device(view, self.config, self.device)) for view in views)
-                seen.append([h_a, self.network.projector(h_a), self.network.projector(h_b)])
+                weight = last.weight if d <= SEEN_FEATURES else last.weight[chosen]
+                seen.append([h_a, *(nn.functional.linear(hidden(h), weight) for h in (h_a, h_b))])
         self.network.train(training)
-        return pictures.snapshot(*(torch.cat(parts).float().cpu() for parts in zip(*seen, strict=True)))
+        return pictures.snapshot(*(torch.cat(parts).float().cpu() for parts in zip(*seen, strict=True)), d)
 
     def draw(self) -> None:
         """All pictures, of this moment."""

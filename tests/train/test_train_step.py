@@ -218,7 +218,7 @@ class Plain(nn.Module):
 def gradients(network, views, accumulate, **settings):
     own = {"precision": "fp64", "channels_last": False, "batch_size": len(views[0]), "accumulate": accumulate}
     config = combine({**own, **settings})
-    criterion = step.criterion(config, trainer.Processes(0, 0, 1))
+    criterion = step.criterion(config, trainer.Processes(0, 0, 1), network)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     stepper = step.Stepper(network, criterion, optim.build(network, config), scaler, config, CPU, 0)
     terms = stepper.backward(list(zip(*(view.chunk(accumulate) for view in views), strict=True)), 3)
@@ -286,6 +286,29 @@ def test_fused_and_reference_train_alike_in_float64(projector, route, training_o
         assert (ours[name] - tensor).double().norm() <= 1e-9 * tensor.double().norm(), name
 
 
+@pytest.mark.parametrize(("projector", "accumulate"), [("64-256", 1), ("64-48", 1), ("8-256", 2)])
+def test_the_last_layer_in_the_loss_trains_alike(projector, accumulate, training_only, tmp_path):
+    """By the Gram, the direct and the hidden route; its checkpoints are those of the other."""
+    flags = ["--precision", "fp64", "--projector", projector, "--accumulate", str(accumulate)]
+    fused = run(tmp_path / "fused", *flags, "--fused-projector")
+    separate = run(tmp_path / "separate", *flags, "--no-fused-projector")
+    assert separate[-1, 0] < separate[0, 0]
+    assert ((fused - separate).abs() / separate).max() < 1e-9
+    ours, theirs = weights(tmp_path / "fused"), weights(tmp_path / "separate")
+    for name, tensor in theirs.items():
+        assert (ours[name] - tensor).double().norm() <= 1e-9 * tensor.double().norm(), name
+    more = ["--steps", "60", "--resume", str(tmp_path / "fused"), "--no-fused-projector", "--device", "cpu"]
+    assert main(more) == 0
+    assert len(trainer.read_jsonl(tmp_path / "fused" / "metrics.jsonl")) == 60
+
+
+def test_where_the_last_layer_is_fused(monkeypatch, capsys):
+    assert not trainer.crowded(combine({"projector": "512-8192", "device": "cpu"}))
+    assert trainer.crowded(combine({"projector": "512-100000000", "device": "cpu"}))
+    assert main(["--fused-projector", "--loss", "reference", "--device", "cpu"]) == 2
+    assert "--fused-projector is of --loss fused" in capsys.readouterr().err
+
+
 def test_fused_and_reference_train_alike_in_float32(training_only, tmp_path, monkeypatch):
     """Float32 trajectories part: rounding grows as training goes on. How far do two of the reference's own part?
 
@@ -325,6 +348,8 @@ def test_fused_and_reference_train_alike_in_float32(training_only, tmp_path, mon
         ["--precision", "fp16", "--accumulate", "2"],
         ["--channels-last", "--optimizer", "sgd"],
         ["--optimizer", "lars", "--backbone", "resnet18"],
+        ["--fused-projector", "--precision", "bf16", "--optimizer", "lars"],
+        ["--fused-projector", "--precision", "fp16", "--accumulate", "2"],
     ],
     ids=" ".join,
 )
@@ -346,5 +371,5 @@ def test_compile_compiles_the_network(training_only, tmp_path, monkeypatch):
 def test_the_loss_is_the_packages_own():
     config = combine({"kappa": 0.01, "batch_size": 8, "projector": "40"})
     z_a, z_b = torch.randn(2, 8, 40)
-    terms = step.criterion(config, trainer.Processes(0, 0, 1))(z_a, z_b)
+    terms = step.criterion(config, trainer.Processes(0, 0, 1), nn.Identity())(z_a, z_b)
     torch.testing.assert_close(terms.loss, barlow_twins_loss(z_a, z_b, lambd=suggest_lambda(8, 40, 0.01)))
