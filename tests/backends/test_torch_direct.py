@@ -9,7 +9,7 @@ import torch
 from cases import NORMALIZATIONS, answer, assert_close, views
 
 from barlow_fused import barlow_twins_loss
-from barlow_fused.backends import torch_direct
+from barlow_fused.backends import slabs, torch_direct
 
 N, D = 6000, 130
 
@@ -53,6 +53,13 @@ def test_features_with_zero_variance(value, normalization, monkeypatch):
     z_a, z_b = views(N, D)
     z_a[:, ::3], z_b[:, ::5] = value, value
     check(z_a, z_b, normalization)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_without_onednn(dtype, monkeypatch):
+    """As where a CPU has no AVX-512: the product is added to what is in its place."""
+    monkeypatch.setattr(slabs, "_ONEDNN", None)
+    check(*views(N, D, dtype))
 
 
 def test_one_gradient_of_strided_views():

@@ -36,6 +36,12 @@ def test_without_onednn(monkeypatch):
     assert_close(answer(torch_loss(), z_a, z_b), z_a, z_b, NORMALIZATIONS["batch_norm"])
 
 
+def test_onednn_multiplies_on_cpus_alone():
+    for device in ("cpu", "meta"):
+        x = torch.empty(64, 4096, device=device)
+        assert slabs._by_onednn(x, x) == (device == "cpu" and slabs._ONEDNN is not None)
+
+
 def test_few_samples_and_very_many_features():
     """K's sums over slabs are kept in float64 where N is small: in float32 the gradient would be off by 4e-6 here."""
     generator = torch.Generator().manual_seed(1)

@@ -129,7 +129,10 @@ def test_any_strides_and_one_compiled_call(route):
 
 @pytest.mark.parametrize("normalization", [CONVENTIONS["batch_norm"], None], ids=["batch_norm", "none"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "d", "route"), [(40, 500, "gram"), (40, 500, "direct"), (900, 200, "direct")])
+@pytest.mark.parametrize(
+    ("n", "d", "route"),
+    [(40, 500, "gram"), (40, 500, "direct"), (900, 200, "direct"), (400, 1000, "direct"), (500, 1000, "direct")],
+)
 def test_what_is_saved_is_what_is_promised(n, d, route, dtype, normalization):
     """To torch.compile: shapes, dtypes and strides."""
     z_a, z_b = views(n, d, dtype)
