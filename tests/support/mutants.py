@@ -66,7 +66,7 @@ STEPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         (EVERYTHING.format("whole"), "tests/backends/test_torch_partial.py"),
     ),
     "backends/torch_partial.py": (("tests/backends/test_torch_partial.py", "ranks 3"), ("ranks 2 4",)),
-    "backends/passes.py": (EMULATED, ("tests/kernels", MODES)),
+    "backends/passes.py": ((*EMULATED, "tests/kernels/test_triton_launch.py"), ("tests/kernels", MODES)),
     "backends/arrays.py": (EMULATED, ("tests/kernels", MODES)),
     "backends/cuda_backend.py": (EMULATED, ("tests/kernels",)),
     "backends/kernel_partial.py": (
