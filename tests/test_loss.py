@@ -22,6 +22,7 @@ from barlow_fused import (
     cross_correlation,
 )
 from barlow_fused.arguments import Options
+from barlow_fused.backends.operations import Composed
 
 N, D = 33, 100
 
@@ -173,6 +174,23 @@ def test_inference_mode_and_no_grad():
         inside = z_a * 1
     with torch.no_grad():
         assert error(barlow_twins_loss(inside, z_b), want) < 1e-6
+
+
+def test_nothing_is_saved_where_no_gradient_is_wanted(monkeypatch):
+    wanted, forward = [], Composed.forward
+
+    def recorded(passes, z_a, z_b, spec, need_grad, every_term):
+        wanted.append(need_grad)
+        return forward(passes, z_a, z_b, spec, need_grad, every_term)
+
+    monkeypatch.setattr(Composed, "forward", recorded)
+    z_a, z_b = views(N, D)
+    barlow_twins_loss(z_a, z_b)
+    z_a.requires_grad_()
+    with torch.no_grad():
+        barlow_twins_loss(z_a, z_b)
+    barlow_twins_loss(z_a, z_b)
+    assert wanted == [False, False, True]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

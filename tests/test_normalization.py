@@ -49,6 +49,9 @@ def test_names_and_eps():
         (lambda: resolve_normalization("std", eps=float("nan")), ValueError, "eps must be finite and >= 0, got nan"),
         (lambda: resolve_normalization("std", eps="small"), TypeError, "eps must be a float, got str"),
         (lambda: Normalization(correction=2), ValueError, "correction must be 0 .* or 1 .*, got 2"),
+        (lambda: Normalization(correction=1.0), TypeError, "correction must be an int, got float"),
+        (lambda: Normalization(correction=True), TypeError, "correction must be an int, got bool"),
+        (lambda: Normalization(eps=True), TypeError, "eps must be a float, got bool"),
         (lambda: Normalization(eps_added_to="mean"), ValueError, "eps_added_to must be .* got 'mean'"),
     ],
 )

@@ -72,6 +72,12 @@ def forward_ad(z):
         loss_of(torch.autograd.forward_ad.make_dual(z, z))
 
 
+def forward_ad_of_both(z):
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(z, z)
+        barlow_twins_loss(dual, dual)
+
+
 def forward_ad_with_gradient(z):
     with torch.autograd.forward_ad.dual_level():
         loss_of(torch.autograd.forward_ad.make_dual(z.requires_grad_(), z.detach()))
@@ -100,6 +106,7 @@ REFUSED = {
     "torch.func.hessian": (torch.func.hessian(loss_of), NotImplementedError, FORWARD),
     "torch.func.jvp": (lambda z: torch.func.jvp(loss_of, (z,), (z,)), NotImplementedError, FORWARD),
     "torch.autograd.forward_ad": (forward_ad, NotImplementedError, FORWARD),
+    "torch.autograd.forward_ad of both views": (forward_ad_of_both, NotImplementedError, FORWARD),
     "torch.autograd.forward_ad, requires_grad": (forward_ad_with_gradient, NotImplementedError, FORWARD),
     "torch.jit.trace": (jit_trace, RuntimeError, "would record the loss of this batch as a constant"),
     "torch.fx.symbolic_trace": (torch.fx.symbolic_trace, TypeError, "z_a must be a torch.Tensor, got Proxy"),
@@ -124,6 +131,14 @@ def test_the_reference_can_be_batched_and_differentiated_forwards():
     torch.testing.assert_close(torch.func.jacrev(loss)(z_a), grad_of(z_a, z_b))
     forward = torch.func.jvp(loss, (z_a,), (z_b,))[1]
     torch.testing.assert_close(forward, (grad_of(z_a, z_b) * z_b).sum(), check_dtype=False)
+
+
+def test_a_call_beside_forward_mode():
+    """What has no tangent is computed, also while others have."""
+    z_a = views(N, D)[0]
+    with torch.autograd.forward_ad.dual_level():
+        torch.autograd.forward_ad.make_dual(z_a.clone(), z_a)
+        torch.testing.assert_close(loss_of(z_a), barlow_twins_loss(z_a, Z_B, backend="reference"))
 
 
 class Subclass(torch.Tensor):

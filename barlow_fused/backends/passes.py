@@ -272,7 +272,7 @@ class Passes:
 
 def _tf32(z: Tensor, dtype: torch.dtype) -> bool:
     """Whether float32 factors are one TF32 product; False where there are none, which saves asking PyTorch."""
-    return (dtype == torch.float32 or z.numel() <= configs.FLOAT32_ELEMENTS) and accelerator.tf32()
+    return configs.compute_dtype(*z.shape, dtype, normalized=True) == torch.float32 and accelerator.tf32()
 
 
 def _scalar(slot: int, aligned: bool = True) -> Array:

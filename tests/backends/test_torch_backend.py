@@ -149,7 +149,7 @@ def test_the_oracle_of_wide_inputs_is_the_oracle():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("difference", [0.5, 0.02])
-@pytest.mark.parametrize(("n", "d"), [(32, 8192), (32, 16384), (64, 32768)])
+@pytest.mark.parametrize(("n", "d"), [(32, 8192), (32, 16384), (64, 32768), (16, 65536)])
 def test_halves_of_many_features(n, d, difference, dtype):
     """K is close to D (I - 1 1^T / N), whose rounding would drown the gradient."""
     z_a, z_b = similar_views(n, d, dtype, difference)

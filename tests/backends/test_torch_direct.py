@@ -56,6 +56,13 @@ def test_features_with_zero_variance(value, normalization, monkeypatch):
     check(z_a, z_b, normalization)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_without_onednn(dtype, monkeypatch):
+    """As where a CPU has no AVX-512: the product is added to what is in its place."""
+    monkeypatch.setattr(slabs, "_ONEDNN", None)
+    check(*views(N, D, dtype))
+
+
 def test_one_gradient_of_strided_views():
     """A view that needs no gradient, and rows that are not next to each other."""
     a, b = (z.T.contiguous().T for z in views(N, D))

@@ -69,6 +69,12 @@ def test_two_valued_features_lose_nothing(n, d):
     assert abs(float(GRAM(z_a, z_b, lambd=1.0).loss) - want) < 4e-7 * want
 
 
+def test_onednn_multiplies_on_cpus_alone():
+    for device in ("cpu", "meta"):
+        x = torch.empty(64, 4096, device=device)
+        assert slabs._by_onednn(x, x) == (device == "cpu" and slabs._ONEDNN is not None)
+
+
 def test_few_samples_and_very_many_features():
     """The bulk of K is left out of all of its sums: with it, the gradient would be off by more."""
     generator = torch.Generator().manual_seed(1)
