@@ -55,6 +55,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", type=_names_of(PRESETS), metavar="NAME,...", help="shapes by name")
     parser.add_argument("--n", type=_sizes, metavar="N,...", help="samples; several give a table each (default: 256)")
     parser.add_argument("--d", type=_sizes, metavar="D,...", help="features (default: 8192)")
+    parser.add_argument(
+        "--linear", metavar="H,...", help="the last layer and the loss, with H hidden units: see --linear 1 -h"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32, on GPUs bfloat16")
     parser.add_argument("--peers", type=_names, default=_names(PEERS), metavar="NAME,...", help=f"default: {PEERS}")
     parser.add_argument(
@@ -108,6 +111,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    if any(argument.partition("=")[0] == "--linear" for argument in argv):
+        return importlib.import_module(".linear", __package__).main(argv)
     if argv[:1] and argv[0] in COMMANDS:
         return importlib.import_module(f".{argv[0]}", __package__).main(argv[1:])
     args = parse(argv)

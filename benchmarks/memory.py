@@ -27,6 +27,7 @@ import ctypes
 import gc
 import multiprocessing
 import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -68,11 +69,20 @@ def cpu_peak(peer: Peer, n: int, d: int, dtype: torch.dtype) -> int:
     Raises:
         RuntimeError: its process was killed. What the method raises there is raised here.
     """
+    return in_fresh_process(_cpu_peak_here, peer, n, d, dtype, torch.get_num_threads())
+
+
+def in_fresh_process(function: Callable[..., int], *args: object) -> int:
+    """The function's result in a process that has only imported things.
+
+    Raises:
+        RuntimeError: its process was killed. What the function raises there is raised here.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "lightly.loss"])  # it takes seconds, if it is there
     with mock.patch.dict(os.environ, MALLOC), ProcessPoolExecutor(1, context) as fresh:
         try:
-            return fresh.submit(_cpu_peak_here, peer, n, d, dtype, torch.get_num_threads()).result()
+            return fresh.submit(function, *args).result()
         except BrokenProcessPool:
             raise RuntimeError("the process was killed: out of memory?") from None
 
@@ -85,13 +95,18 @@ def _cpu_peak_here(peer: Peer, n: int, d: int, dtype: torch.dtype, threads: int)
     gradients(loss_function(*small), *small)
     del small
     z_a, z_b = make_inputs(n, d, dtype, device)
+    return peak_of(lambda: gradients(loss_function(z_a, z_b), z_a, z_b))
+
+
+def peak_of(call: Callable[[], Sequence[Tensor]]) -> int:
+    """Bytes that a call takes at its peak beyond what it returns, and what is held before."""
     gc.collect()
     if hasattr(ctypes.CDLL(None), "malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
-    grads = gradients(loss_function(z_a, z_b), z_a, z_b)
+    grads = call()
     return max(0, _status("VmHWM") - before - sum(g.nbytes for g in grads))
 
 
