@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import itertools
+import json
 import statistics
 import sys
 import time
@@ -33,7 +35,7 @@ from barlow_fused import barlow_twins_loss, linear_barlow_twins_loss
 from barlow_fused.planning.cost import Problem, usual_cost
 from barlow_fused.planning.devices import resolve_device
 
-from . import machine, memory, report, results
+from . import machine, memory, pictures, report, results
 from .accuracy import TOLERANCES
 from .peers import EPS, LAMBD, usual_loss
 
@@ -172,6 +174,30 @@ def table(shape: dict[str, Any]) -> Table:
     return columns
 
 
+def digest(run: dict[str, Any]) -> str:
+    """Of what a picture shows."""
+    shown = [
+        [s["n"], s["h"], s["d"], {k: [m["times"], m["peak"]] for k, m in s["methods"].items()}] for s in run["shapes"]
+    ]
+    return hashlib.sha256(json.dumps(shown).encode()).hexdigest()
+
+
+def markdown(run: dict[str, Any], name: str) -> str:
+    """A table for docs/linear.md: a line a shape and method."""
+    lines = ["| N | H | D | | ms | to separate | memory |", "|---|---|---|---|---|---|---|"]
+    for shape in run["shapes"]:
+        methods = shape["methods"]
+        base = statistics.median(methods["separate"]["times"])
+        for method, row in methods.items():
+            where = f"| {shape['n']} | {shape['h']} | {shape['d']} | {method} |"
+            if row["needs"] is not None:
+                lines.append(f"{where} | | needs {report._bytes(row['needs'])} |")
+                continue
+            median = statistics.median(row["times"])
+            lines.append(f"{where} {1e3 * median:.1f} | {base / median:.2f}x | {report._bytes(row['peak'])} |")
+    return "\n".join(lines)
+
+
 def draw(run: dict[str, Any], path: Path) -> None:
     """Time and memory against D."""
     figure = Figure(figsize=(10, 4.5), layout="constrained")
@@ -182,13 +208,13 @@ def draw(run: dict[str, Any], path: Path) -> None:
         (figure.add_subplot(1, 2, 2), "memory beyond inputs and gradients, MB", lambda r: (r["peak"] or 0) / 1e6),
     ):
         for name in first["methods"]:
-            found = [(s["d"], s["methods"][name]) for s in run["shapes"] if s["methods"][name]["needs"] is None]
-            points = [(d, value(row)) for d, row in found if value(row) > 0]
+            found = [(shape["d"], shape["methods"].get(name)) for shape in run["shapes"]]
+            points = [(d, value(row)) for d, row in found if row and row["needs"] is None and value(row) > 0]
             axes.plot(*zip(*points, strict=True), marker=MARKS[name], label=name) if points else None
         axes.set(title=title, xlabel="D", xscale="log", yscale="log")
         axes.grid(which="both", alpha=0.3)
         axes.legend()
-    figure.savefig(path, dpi=120, metadata={"Software": None})
+    figure.savefig(path, dpi=120, metadata={pictures.DIGEST: digest(run)})
 
 
 def main(argv: list[str]) -> int:

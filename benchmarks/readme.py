@@ -1,4 +1,4 @@
-"""The tables and pictures of README.md and docs/width.md, made from the runs in benchmarks/results.
+"""The tables and pictures of README.md, docs/width.md and docs/linear.md, made from the runs in benchmarks/results.
 
 python -m benchmarks readme            # writes them
 python -m benchmarks readme --check    # says whether they are up to date: exit code 0 or 1
@@ -19,12 +19,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import pictures, report, results
+from . import linear, pictures, report, results
 from .machine import ROOT
 from .width import pictures as width_pictures
 from .width import tables as width_tables
 
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "width.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "width.md", ROOT / "docs" / "linear.md")
 RESULTS = Path(__file__).resolve().parent / "results"
 PICTURES = ROOT / "docs"
 BLOCK = re.compile(r"(<!-- benchmarks: (\w+) ([\w-]+) -->\n).*?(<!-- /benchmarks -->)", re.DOTALL)
@@ -47,6 +47,7 @@ PICTURES_OF = {
     "width_costs_picture": Picture(
         "{}-costs.png", "Time and memory of a step over D", width_pictures.draw_costs, width_pictures.digest
     ),
+    "linear_picture": Picture("{}.png", "Time and memory over D", linear.draw, linear.digest),
 }
 
 
@@ -119,9 +120,15 @@ def _of_width(view: str) -> Callable[[dict[str, Any], str], str]:
     return lambda run, name: f"![{PICTURES_OF[view].alt}, {run['study']['data']}]({picture_path(view, name).name})"
 
 
+def linear_picture(run: dict[str, Any], name: str) -> str:
+    return f"![{PICTURES_OF['linear_picture'].alt}]({picture_path('linear_picture', name).name})"
+
+
 VIEWS = {
     **{function.__name__: function for function in (headline, summary, ratios, tables, picture)},
-    **{view: _of_width(view) for view in PICTURES_OF if view != "picture"},
+    **{view: _of_width(view) for view in PICTURES_OF if view.startswith("width")},
+    "linear": linear.markdown,
+    "linear_picture": linear_picture,
     "width_lambdas": width_tables.lambdas,
     "width_settings": width_tables.settings,
     "width_findings": width_tables.findings,

@@ -379,3 +379,16 @@ def test_embeddings_never_exist():
         peaks[name] = trace.peak - sum(g.nbytes for g in grads)
     assert peaks["gram"] < 4 * peaks["separate"] / 20
     assert peaks["hidden"] < 4 * peaks["separate"] / 20
+
+
+@pytest.mark.parametrize(("route", "most"), [("gram", 260), ("hidden", 200)])
+def test_launches_on_an_accelerator(route, most):
+    """On tensors without data; nothing waits for the device."""
+    from tracing import Trace
+
+    shapes = (256, 512), (256, 512), (8192, 512)
+    inputs = [torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True) for shape in shapes]
+    with Trace() as trace:
+        torch.autograd.grad(linear_barlow_twins_loss(*inputs, route=route), inputs)
+    assert not {"item", "_local_scalar_dense", "nonzero"} & set(trace.operators)
+    assert len(trace.operators) <= most
