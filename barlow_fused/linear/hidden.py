@@ -177,7 +177,7 @@ def _backward(h_a: Tensor, weight: Tensor, saved: list[Tensor], spec: Spec, g_te
             e = k * (own * part).sum(0) - nu[view] * spec.normalization.remainder(rstd[view, 0])
             torch.addcmul(part, own, e, value=-1, out=g[view]).mul_(rstd[view])
         if of_weight is not None:
-            of_weight[s] = _matmul_t(g.flatten(0, 1).T, features.r.flatten(0, 1).T, y.dtype).mul_(n)
+            of_weight[s] = (g.flatten(0, 1).T @ features.r.flatten(0, 1)).mul_(n)
         for view in range(2):
             if needs[view]:
                 of_r[view] += _matmul_t(g[view], w.T, y.dtype)

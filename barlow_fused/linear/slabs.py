@@ -159,8 +159,12 @@ class LayerGradients(Gradients):
         if self._of_weight is None:
             self._of_weight = torch.zeros_like(weight, dtype=weight.dtype if whole else h.dtype)
         of_slab = self._of_weight[columns]
-        product = _matmul_t(grad, h.T, h.dtype)
-        of_slab.copy_(product) if whole else of_slab.add_(product)
+        if not whole:
+            of_slab.addmm_(grad, h)
+        elif of_slab.dtype == h.dtype:
+            torch.mm(grad, h, out=of_slab)  # which oneDNN does at half the speed
+        else:
+            of_slab.copy_(grad @ h)
 
     def result(self) -> Grads:
         """The gradients; None of what was not wanted."""
