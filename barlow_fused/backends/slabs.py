@@ -200,6 +200,14 @@ def _slabs(length: int, other: int, least: int = MIN_SLAB) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
+def _narrow(slab: slice, length: int, other: int) -> Iterator[tuple[slice, slice]]:
+    """Cut a slab of ``length`` columns or rows again, for what is not multiplied: where a part is, and where in it."""
+    whole = range(length)[slab]
+    for part in _slabs(len(whole), other, NARROW_SLAB):
+        inner = range(len(whole))[part]
+        yield slice(whole.start + inner.start, whole.start + inner.stop), part
+
+
 def _cut(per_feature: Tensor, columns: slice) -> Tensor:
     """The part of a per-feature tensor that belongs to a slab."""
     return per_feature if columns == _ALL else per_feature[..., columns]

@@ -25,6 +25,7 @@ from .slabs import (
     _by_onednn,
     _compute_dtype,
     _matmul_t,
+    _narrow,
     _scalar,
     _slabs,
     _terms,
@@ -34,7 +35,6 @@ from .slabs import (
 )
 
 KEEP_TALL = 2**21  # inputs up to this size keep their centred views: making them again takes another pass
-MIN_ONEDNN_OUTPUT = 256  # rows and columns of A^T B: below that, oneDNN leaves cores idle
 
 
 def correlate(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[BarlowTwinsTerms, Tensor]:
@@ -89,19 +89,24 @@ def _sums(x: Normalized, shift: Tensor | None) -> tuple[Tensor, Tensor, Tensor, 
     if shift is not None and not x.made and keeps(n * d, x.z_a.dtype):
         kept = shift.new_empty(2, n, d)
     product = rest = moments = room = None
-    for rows in _slabs(n, d):
-        height = len(range(n)[rows])
+    for rows in _slabs(n, d) if kept is None else [_ALL]:
+        height, parts = len(range(n)[rows]), list(_narrow(rows, n, d))
+        squares = 3 * d * len(range(height)[parts[0][1]])
         if room is None:  # one for all: malloc gives several back to the system
-            room = x.z_a.new_empty((3 if kept is not None else 5) * height * d, dtype=_compute_dtype(x.z_a))
-        out = _view(room[3 * height * d :], 2, height, d) if kept is None else kept[:, rows]
-        slab = x.slab(rows, _ALL, less=shift, out=out)
-        squares = _view(room, 3, height, d)
-        of_slab = sums_of(slab, squares)
-        rest, moments = _add(rest, of_slab[0]), _add(moments, of_slab[1])
-        if kept is None:
-            product = _add_product(product, slab)
-    if kept is not None:
-        product = _add_product(None, kept)
+            own = 2 * d * height if kept is None and not x.made else 0
+            room = x.z_a.new_empty(squares + own, dtype=_compute_dtype(x.z_a))
+        slab = kept
+        if x.made:
+            slab = x.slab(rows, _ALL)
+        elif kept is None:
+            slab = _view(room[squares:], 2, height, d)
+        for here, part in parts:
+            views = slab[:, part]
+            if not x.made:
+                x.slab(here, _ALL, less=shift, out=views)
+            of_part = sums_of(views, _view(room, 3, views.shape[1], d))
+            rest, moments = _add(rest, of_part[0]), _add(moments, of_part[1])
+        product = _add_product(product, slab)
     return product, moments.div_(n), rest.div_(n), kept
 
 
@@ -132,12 +137,9 @@ def _add(total: Tensor | None, part: Tensor) -> Tensor:
 
 
 def _add_product(product: Tensor | None, slab: Tensor) -> Tensor:  # [D, D], [2, N, D] -> [D, D]
-    """product + A^T B."""
+    """product + A^T B; not by oneDNN, which is slower where the first factor is transposed."""
     a, b = slab.unbind()
-    a = a.T
-    if a.shape[0] >= MIN_ONEDNN_OUTPUT and _by_onednn(a, b.T):
-        return _add(product, _matmul_t(a, b.T, a.dtype))
-    return torch.mm(a, b) if product is None else torch.addmm(product, a, b, out=product)
+    return torch.mm(a.T, b) if product is None else torch.addmm(product, a.T, b, out=product)
 
 
 def input_grad(

@@ -21,12 +21,12 @@ from .slabs import (
     _ALL,
     KEEP_ELEMENTS,
     MEANS,
-    NARROW_SLAB,
     Normalized,
     _compute_dtype,
     _cut,
     _like,
     _matmul_t,
+    _narrow,
     _scalar,
     _slabs,
     _stack,
@@ -112,17 +112,14 @@ def _standardize(x: Normalized, columns: slice, diagonal: Tensor, room: Tensor |
     these few were not like the others: then it is done again by the mean of all.
     """
     n, d = x.z_a.shape
-    features = range(d)[columns]
-    first, width = features.start, len(features)
-    parts = list(_slabs(width, n, NARROW_SLAB))
+    width, parts = len(range(d)[columns]), list(_narrow(columns, d, n))
     if room is None:  # one for all: malloc gives several back to the system, whose fresh pages cost more than the work
-        room = diagonal.new_empty(n * (2 * width + 3 * len(range(width)[parts[0]])))
+        room = diagonal.new_empty(n * (2 * width + 3 * len(range(width)[parts[0][1]])))
     slab = x.slab(_ALL, columns) if x.made else _view(room, 2, n, width)
     of_squares = room[2 * n * width :]
     tau = 0.0
-    for part in parts:
+    for here, part in parts:
         x_hat = _cut(slab, part)
-        here = slice(first + (part.start or 0), first + (part.start or 0) + x_hat.shape[2])
         rstd, var, mean, shift = (_cut(stat, here) for stat in x.stats)
         squares = _view(of_squares, 3, n, x_hat.shape[2])
         for _ in range(MEANS):

@@ -164,8 +164,8 @@ def _slabs_cost(p: Problem) -> Cost:
         product = d * d * size
         keeps = torch_direct.keeps(n * d, p.dtype)
         kept, slab, slabs = (2 * n * d * size, 0, 1) if keeps else (0, of_rows, -(-2 * n * d * size // of_rows))
-        # C, its square or a slab's product; a slab, and three views' products
-        forward = kept + product + slab + max(product, of_rows * 3 // 2)
+        # C, its square or a slab's product; a slab, and three views' products of a part of it
+        forward = kept + product + slab + max(product, _slab_bytes(n, d, size, cpu_slabs.NARROW_SLAB) * 3 // 2)
         # C and G; a slab, and one view's P where it is not multiplied into the gradient
         backward = kept + 2 * product + slab + (slab // 2 if size == 4 else 0)
         # Passes over C: scaled 4, squared and summed 6, G made of it 4; each slab's product is written, read and added
