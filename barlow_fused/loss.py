@@ -67,7 +67,8 @@ def barlow_twins_loss(
               differentiates the sum of the P ranks' losses).
         statistics: with a group, which samples a feature is standardised over: ``"global"``, those of all ranks (the
             paper's code, through SyncBatchNorm: the loss of one process with the whole batch), or ``"local"``, each
-            rank's own (lightly, solo-learn, stable-pretraining), where C is the mean of the ranks' C and n_r >= 2.
+            rank's own (lightly, solo-learn, stable-pretraining), where C is the mean of the ranks' C and n_r >= 2. With
+            normalization ``"none"`` there are no statistics, and both are the product over all samples, divided by N.
 
     Returns:
         The loss, a scalar in float32 (float64 for float64 inputs); with ``return_terms`` a named tuple

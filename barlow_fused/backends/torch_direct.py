@@ -49,10 +49,10 @@ def correlate(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tup
         x.c = moments[2, 0].clone()  # torch.compile wants results that begin where their memory does
         return _terms_of(x, c.mul_(1 / n), lambd, scale)[0], c
     shift = x.few_means(out=x.z_a.new_empty(2, 1, x.z_a.shape[1], dtype=_compute_dtype(x.z_a)))
-    for _ in range(MEANS):
+    for again in reversed(range(MEANS)):
         c = kept = None  # room for the next
         c, moments, rest, kept = _sums(x, shift)
-        if not without_rest(moments, rest, out=moments[:2]) or x.made:
+        if not without_rest(moments, rest, out=moments[:2]) or x.made or not again:
             break
         shift += rest
     c.addr_(rest[0, 0], rest[1, 0], alpha=-n)

@@ -39,7 +39,7 @@ from .torch_direct import correlate
 
 __all__ = ["Normalized", "correlate", "empty_saved", "gram", "input_grad", "normalize"]
 
-BULK_RATIO = 32  # D / N from which K's bulk is taken out of small inputs, too (``_bulk``)
+BULK_RATIO = 32  # D / N from which K's bulk is left out (``_bulk``)
 PANEL = 128  # rows of the lower-triangle panels of a symmetric product
 
 
@@ -62,7 +62,7 @@ def empty_saved(z_a: Tensor, route: str, normalization: Normalization | None) ->
 
 
 def gram(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[BarlowTwinsTerms, Tensor]:
-    """The terms, and E_a / D and E_b / D (``_bulk``), stacked, (2, N, N). 2 to 4 N^2 D FLOPs.
+    """The terms, and K_a / D and K_b / D less their bulk (``_bulk``), stacked, (2, N, N). 2 to 4 N^2 D FLOPs.
 
     In one walk over the inputs: a slab is standardised, multiplied with itself, and dropped.
     """
@@ -99,14 +99,16 @@ def gram(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[Ba
     bulk: Tensor | float = 0.0
     if diagonal is not None:
         torch.div(diagonal, d, out=k.diagonal(dim1=1, dim2=2))
-        bulk = (n - 1) * _scalar(_bulk(x).prod())
+        bulk = (n - 1) * _scalar(_bulk(x).prod()) if _has_bulk(x) else 0.0
     inner = sum(_scalar((k[0, r] * k[1, r]).sum(dtype=torch.float64)) for r in _slabs(n, n)) + bulk
     return _terms(x, _off_diag(x, inner * d**2), lambd, scale), k
 
 
-def _standardize(x: Normalized, columns: slice, diagonal: Tensor, room: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """A slab's statistics and c. Returns x_hat = (z - mean) * rstd + shift, (2, N, columns), tau / N for each sample,
-    and the room, which the first slab makes; adds what these features make of E's ``diagonal``, (2, N).
+def _standardize(
+    x: Normalized, columns: slice, diagonal: Tensor, room: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """A slab's statistics and c. Returns x_hat = (z - mean) * rstd + shift, (2, N, columns), tau / N for each sample if
+    K has bulk, and the room, which the first slab makes; adds what these features make of the ``diagonal``, (2, N).
 
     Features are centred by the mean of a few samples, and what is left of it is taken off the sums. If that is much,
     these few were not like the others: then it is done again by the mean of all.
@@ -117,32 +119,41 @@ def _standardize(x: Normalized, columns: slice, diagonal: Tensor, room: Tensor |
         room = diagonal.new_empty(n * (2 * width + 3 * len(range(width)[parts[0][1]])))
     slab = x.slab(_ALL, columns) if x.made else _view(room, 2, n, width)
     of_squares = room[2 * n * width :]
-    tau = 0.0
+    tau, has_bulk = 0.0, _has_bulk(x)
     for here, part in parts:
         x_hat = _cut(slab, part)
         rstd, var, mean, shift = (_cut(stat, here) for stat in x.stats)
         squares = _view(of_squares, 3, n, x_hat.shape[2])
-        for _ in range(MEANS):
+        for again in reversed(range(MEANS)):
             if not x.made:
                 x.slab(_ALL, here, less=mean, out=x_hat)
             rest, moments = (sums.div_(n) for sums in sums_of(x_hat, squares))
-            if not without_rest(moments, rest, out=var) or x.made:
+            if not without_rest(moments, rest, out=var) or x.made or not again:
                 break
             mean += rest
         rstd.copy_(x.normalization.rstd(var, n))
         torch.mul(rest, rstd, out=shift).neg_()
         x.c[here] = moments[2, 0].mul_(rstd[0, 0]).mul_(rstd[1, 0])
         torch.addcmul(shift, x_hat, rstd, out=x_hat)
-        power = (var * rstd).mul_(rstd)
-        tau += power.sum(2)
-        diagonal -= torch.addcmul(power, x_hat, x_hat, value=-1, out=squares[:2]).sum(2)
-    return slab, (tau / (n - 1)).expand(2, n).contiguous(), room
+        if has_bulk:
+            power = (var * rstd).mul_(rstd)
+            tau += power.sum(2)
+            diagonal -= torch.addcmul(power, x_hat, x_hat, value=-1, out=squares[:2]).sum(2)
+        else:
+            diagonal += torch.mul(x_hat, x_hat, out=squares[:2]).sum(2)
+    return slab, (tau / (n - 1)).expand(2, n).contiguous() if has_bulk else None, room
 
 
 def _is_small(z: Tensor) -> bool:
     """Whether what is made of the inputs is kept. Calls cost more than bytes there; but not where K is mostly bulk."""
     n, d = z.shape
     return n * d <= KEEP_ELEMENTS and d < BULK_RATIO * n
+
+
+def _has_bulk(x: Normalized) -> bool:
+    """Whether K's bulk is left out. Where features are few, K may be anything, and far from its bulk."""
+    n, d = x.z_a.shape
+    return x.normalization is not None and d >= BULK_RATIO * n
 
 
 def _gram_of_small(x: Normalized, lambd: float, scale: float) -> tuple[BarlowTwinsTerms, Tensor]:
@@ -229,7 +240,7 @@ def _gram_grad(
         rstd_alpha = rstd * alpha
         own_1 = rstd_alpha * -(kappa := x.normalization.kappa(var, n))
         own_0 = (rstd_d * x.c).mul_(-kappa)
-        if x.kept is None:
+        if _has_bulk(x):
             tau = _bulk(x).flip(0).to(rstd.dtype)[:, None, None]  # of the other view
             own_0 += rstd_alpha * tau * x.normalization.remainder(rstd)
     slab = own_p = None

@@ -116,7 +116,8 @@ def _check_weight(weight: Tensor, h: Tensor) -> None:
         if hasattr(tensor, "device_mesh"):
             raise TypeError(f"{name} must be a plain tensor, got a DTensor: give its local or its full tensor")
     if weight.layout != torch.strided or weight.is_nested:
-        raise TypeError(f"weight must be a dense (strided) tensor, got layout {weight.layout}")
+        got = "a nested tensor" if weight.is_nested else f"layout {weight.layout}"
+        raise TypeError(f"weight must be a dense (strided) tensor, got {got}")
     if weight.dim() != 2 or weight.shape[1] != h.shape[1] or not len(weight):
         raise ValueError(
             f"weight must be 2-D, (features D >= 1, hidden units H = {h.shape[1]}), got shape {tuple(weight.shape)}"
@@ -152,7 +153,8 @@ class LinearBarlowTwinsLoss(nn.Module):
         **options: object,
     ) -> None:
         super().__init__()
-        layer = nn.Linear(in_features, out_features, bias=False, device=device, dtype=dtype)
+        sizes = integer("in_features", in_features, 1), integer("out_features", out_features, 1)
+        layer = nn.Linear(*sizes, bias=False, device=device, dtype=dtype)
         self.weight = layer.weight
         self._take(chunk_features, options)
 
@@ -162,31 +164,32 @@ class LinearBarlowTwinsLoss(nn.Module):
     ) -> LinearBarlowTwinsLoss:
         """The loss that takes the place of ``layer`` and a loss behind it; it owns the same weight.
 
-        Raises:
-            ValueError: the layer has a bias and nothing standardises it away (``normalization="none"``).
+        A call raises ValueError where the layer has a bias and nothing standardises it away (``normalization="none"``).
         """
         if not isinstance(layer, nn.Linear):
             raise TypeError(f"layer must be a torch.nn.Linear, got {type(layer).__name__}")
-        if layer.bias is not None and options.get("normalization", "batch_norm") == "none":
-            raise ValueError("layer has a bias, which normalization='none' would need: accepted is bias=False")
         module = cls.__new__(cls)
         nn.Module.__init__(module)
         module.weight = layer.weight
         module._take(chunk_features, options)
+        module.biased = layer.bias is not None
         return module
 
     def _take(self, chunk_features: int | None, options: dict[str, object]) -> None:
         route = options.pop("route", "auto")
         choose_linear_route(route, 2, 2, 2, choose_backend(options.get("backend", "auto")))
-        group = {"group", "gradient", "statistics", "reduce_dtype"} & options.keys()
+        group = {"group", "gradient", "statistics", "reduce_dtype"} & {k for k, v in options.items() if v is not None}
         if group:
             raise TypeError(f"the loss with the last layer works on one process: got {', '.join(sorted(group))}")
+        self.biased = False
         self.loss = BarlowTwinsLoss(**options)
         self.loss.route = route
         self.chunk_features = None if chunk_features is None else integer("chunk_features", chunk_features, 1)
 
     def forward(self, h_a: Tensor, h_b: Tensor) -> Tensor | BarlowTwinsTerms:  # [N, H], [N, H] -> []
         """The loss of two views' activations."""
+        if self.biased and self.loss.normalization == "none":
+            raise ValueError("layer has a bias, which normalization='none' would need: accepted is bias=False")
         return _loss(h_a, h_b, self.weight, self.loss, self.chunk_features)
 
     def extra_repr(self) -> str:

@@ -47,6 +47,15 @@ def test_samples_that_are_unlike_the_others(monkeypatch):
     assert_close(answer(GRAM, z_a, z_b), z_a, z_b, NORMALIZATIONS["batch_norm"])
 
 
+def test_a_sample_that_is_everything():
+    """One row of each view, another one, has all variance: <K_a, K_b> is far below that of independent features."""
+    z_a, z_b = views(600, 2333)
+    z_a[7], z_b[500] = 1e8, 1e8
+    want = float(oracle(z_a, z_b, NORMALIZATIONS["std"], lambd=1000.0).loss)
+    got = float(torch_loss(route="gram", normalization="std", lambd=1000.0)(z_a, z_b).loss)
+    assert abs(got - want) < 1e-5 * want
+
+
 @pytest.mark.parametrize("normalization", ["batch_norm", "std"])
 @pytest.mark.parametrize("value", [0.0, 0.1, 1234.567, 1e6])
 def test_features_with_zero_variance(value, normalization):

@@ -353,7 +353,8 @@ def test_bad_input_is_named():
         (lambda: LinearBarlowTwinsLoss(12, 130, gradient="official")): "works on one process: got gradient",
         (lambda: LinearBarlowTwinsLoss(12, 130, route="fast")): "route must be",
         (lambda: LinearBarlowTwinsLoss.from_linear(torch.nn.ReLU())): "layer must be a torch.nn.Linear, got ReLU",
-        (lambda: LinearBarlowTwinsLoss.from_linear(layer, normalization="none")): "layer has a bias",
+        (lambda: LinearBarlowTwinsLoss.from_linear(layer, normalization="none")(h_a, h_b)): "layer has a bias",
+        (lambda: LinearBarlowTwinsLoss(-1, 130)): "in_features must be at least 1",
     }.items():
         with pytest.raises((TypeError, ValueError), match=message):
             call()
