@@ -51,7 +51,9 @@ def measure(asked: Config, steps: int) -> dict[str, float]:
     place = torch.device(config.device)
     network, _ = trainer.build(config, images, place)
     scaler = torch.amp.GradScaler(config.device, enabled=False)
-    stepper = Stepper(network, criterion(config, ALONE), optim.build(network, config), scaler, config, place, 0)
+    stepper = Stepper(
+        network, criterion(config, ALONE, network), optim.build(network, config), scaler, config, place, 0
+    )
     parts = Parts(images, config, ALONE)
     network.train()
     seconds = []

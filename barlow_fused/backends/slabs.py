@@ -230,7 +230,8 @@ def _matmul_t(
 ) -> Tensor:  # [M, K], [L, K], [L], [M, L] -> [M, L]
     """x @ y.T + bias + plus by the library that multiplies fastest; on accelerators in the inputs' dtype."""
     if _by_onednn(x, y):
-        return _ONEDNN(x, y, bias, "none", [], "") if plus is None else _ONEDNN.binary(x, plus, y, bias, "add")
+        product = _ONEDNN(x, y, bias, "none", [], "")
+        return product if plus is None else product.add_(plus)
     if x.device.type != "cpu" and input_dtype in (torch.float16, torch.bfloat16):
         product = accelerator.matmul(x.to(input_dtype), y.to(input_dtype).T)
         product = product if bias is None else product.add_(bias)
