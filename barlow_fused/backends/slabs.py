@@ -226,15 +226,12 @@ def _by_onednn(x: Tensor, y: Tensor) -> bool:
 
 
 def _matmul_t(
-    x: Tensor, y: Tensor, input_dtype: torch.dtype, bias: Tensor | None = None, plus: Tensor | None = None
-) -> Tensor:  # [M, K], [L, K], [L], [M, L] -> [M, L]
-    """x @ y.T + bias + plus by the library that multiplies fastest; on accelerators in the inputs' dtype."""
+    x: Tensor, y: Tensor, input_dtype: torch.dtype, bias: Tensor | None = None
+) -> Tensor:  # [M, K], [L, K], [L] -> [M, L]
+    """x @ y.T + bias by the library that multiplies fastest; on accelerators in the inputs' dtype with float32 sums."""
     if _by_onednn(x, y):
-        product = _ONEDNN(x, y, bias, "none", [], "")
-        return product if plus is None else product.add_(plus)
+        return _ONEDNN(x, y, bias, "none", [], "")
     if x.device.type != "cpu" and input_dtype in (torch.float16, torch.bfloat16):
         product = accelerator.matmul(x.to(input_dtype), y.to(input_dtype).T)
-        product = product if bias is None else product.add_(bias)
-    else:
-        product = x @ y.T if bias is None else torch.addmm(bias, x, y.T)
-    return product if plus is None else product.add_(plus)
+        return product if bias is None else product.add_(bias)
+    return x @ y.T if bias is None else torch.addmm(bias, x, y.T)

@@ -35,7 +35,7 @@ from .slabs import (
     sums_of,
     without_rest,
 )
-from .torch_direct import correlate
+from .torch_direct import _add, correlate
 
 __all__ = ["Normalized", "correlate", "empty_saved", "gram", "input_grad", "normalize"]
 
@@ -87,7 +87,8 @@ def gram(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[Ba
             for i, start in enumerate(range(0, n, PANEL)):  # rows of the lower triangle
                 stop = min(start + PANEL, n)
                 of_bulk = None if tau is None else tau[view, :stop]
-                panels[view][i] = _matmul_t(x_hat[start:stop], x_hat[:stop], x.z_a.dtype, of_bulk, panels[view][i])
+                product = _matmul_t(x_hat[start:stop], x_hat[:stop], x.z_a.dtype, of_bulk)
+                panels[view][i] = _add(panels[view][i], product)
     del slab, room
     k = x.c.new_empty(2, n, n)
     for view, parts in enumerate(panels):
@@ -171,7 +172,7 @@ def _gram_of_small(x: Normalized, lambd: float, scale: float) -> tuple[BarlowTwi
         x.c = (x_hat[0] * x_hat[1]).mean(0).mul_(rstd.prod(0)[0])
         x.stats = (rstd, var, x_hat.mul_(rstd))
     k = torch.bmm(x_hat, x_hat.mT)
-    k.diagonal(dim1=1, dim2=2).copy_(x_hat.square().sum(2))  # whose terms a product may round to the same side, all
+    k.diagonal(dim1=1, dim2=2).copy_(x_hat.square().sum(2))  # a product may round all of its terms to one side
     return _terms(x, _off_diag(x, _scalar(k.prod(0).sum(dtype=torch.float64))), lambd, scale), k.div_(d)
 
 

@@ -151,7 +151,9 @@ def _backward(h_a: Tensor, weight: Tensor, saved: list[Tensor], spec: Spec, g_te
     basis = Basis(*rest)
     n, wide = len(h_a), t.dtype
     features = _Features(basis, weight, n, spec)
-    w_on, w_off = (w if isinstance(w, Tensor) else c.new_zeros(()) for w in Weights(*g_terms, *spec[3:5]).of_sums())
+    w_on, w_off = (
+        w if isinstance(w, Tensor) else c.new_zeros(()) for w in Weights(*g_terms, spec.lambd, spec.scale).of_sums()
+    )
     w_on, w_off = w_on.to(wide), w_off.to(wide)
     alpha = 2 * w_off / n  # with the factor N of T
     d_of = ((c.to(wide) - 1) * w_on - c.to(wide) * w_off).mul_(2 / n).to(c.dtype)
