@@ -99,6 +99,26 @@ def check_inputs(
         raise ValueError(f"{both} must have at least 1 {what[:-1]} ({letter} >= 1), got {letter} = {d}")
 
 
+def check_weight(weight: Tensor, h: Tensor) -> None:
+    """The last layer's weight, (D, H), beside the activations that it takes."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight must be a torch.Tensor, got {type(weight).__name__}")
+    for name, tensor in (("weight", weight), ("h_a", h)):
+        if hasattr(tensor, "device_mesh"):
+            raise TypeError(f"{name} must be a plain tensor, got a DTensor: give its local or its full tensor")
+    if weight.layout != torch.strided or weight.is_nested:
+        got = "a nested tensor" if weight.is_nested else f"layout {weight.layout}"
+        raise TypeError(f"weight must be a dense (strided) tensor, got {got}")
+    if weight.dim() != 2 or weight.shape[1] != h.shape[1] or not len(weight):
+        raise ValueError(
+            f"weight must be 2-D, (features D >= 1, hidden units H = {h.shape[1]}), got shape {tuple(weight.shape)}"
+        )
+    if weight.dtype != h.dtype:
+        raise TypeError(f"weight and h_a must have the same dtype, got {weight.dtype} and {h.dtype}")
+    if weight.device != h.device:
+        raise ValueError(f"weight and h_a must be on the same device, got {weight.device} and {h.device}")
+
+
 def finite(name: str, value: float) -> float:
     """A finite number, as a float. Where a call is compiled it may be a symbol, whose value the operators check."""
     if torch.compiler.is_compiling():

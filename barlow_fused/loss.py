@@ -92,7 +92,7 @@ def _loss(z_a: Tensor, z_b: Tensor, options: Options) -> Tensor | BarlowTwinsTer
     if process_group is not None and process_group.size() > 1:
         from . import distributed  # not everyone needs it, and it imports much
 
-        terms = distributed.apply(z_a, z_b, options, process_group)  # checks, and tells the other ranks
+        terms = distributed.apply((z_a, z_b), options, process_group)  # checks, and tells the other ranks
         return terms if options.return_terms else terms.loss
     check_group_options(options)
     check_inputs(z_a, z_b)

@@ -13,7 +13,7 @@ P ranks hold n_r samples each, N together. ``C = A_hat^T B_hat / N`` is a sum ov
 The route follows from the global N, so it is the same everywhere. What travels (a rank's share, size = the inputs'):
 
                   Gram                                       direct
-    header        all_gather, 19 int64                       the same
+    header        all_gather, 21 int64                       the same
     inputs        2 all_to_all, n D size each                -
     statistics    -                                          all_gather, 4 D float64 (statistics="global")
     product       2 all_reduce, about N^2/2 float32 each     1 all_reduce, D^2 + D float32
@@ -37,6 +37,7 @@ anyone waits for data that never comes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,40 +47,49 @@ from torch import Tensor
 from ..arguments import Options
 from ..backends.accelerator import without_autocast
 from ..reference import BarlowTwinsTerms
-from . import direct, gram
+from . import direct, gram, linear_direct, linear_gram, linear_hidden
 from .agreement import agree
 from .part import Part
 
-ROUTES = {"gram": gram, "direct": direct}
+ROUTES = {  # by how many tensors a call takes
+    (2, "gram"): gram,
+    (2, "direct"): direct,
+    (3, "gram"): linear_gram,
+    (3, "direct"): linear_direct,
+    (3, "hidden"): linear_hidden,
+}
 
 
 @torch.compiler.disable
 def apply(
-    z_a: Tensor,  # [n_r, D]
-    z_b: Tensor,  # [n_r, D]
+    inputs: Sequence[Tensor],
     options: Options,
     group: dist.ProcessGroup,
+    chunk_features: int | None = None,
 ) -> BarlowTwinsTerms:
     """The loss of all ranks' samples and its terms, the same on every rank, differentiable.
 
+    The inputs are this rank's views, two of [n_r, D]; or what the last layer takes, two of [n_r, H], and its weight,
+    [D, H], then in chunks of so many features.
+
     torch.compile does not look inside: its graph breaks here.
     """
-    part = agree(z_a, z_b, options, group)
-    with without_autocast(z_a.device.type):
-        if part.needs != (False, False):
-            return BarlowTwinsTerms(*_DistributedFunction.apply(z_a, z_b, part))
-        return ROUTES[part.route].forward(z_a.detach(), z_b.detach(), part)[0]
+    part = agree(inputs, options, group, chunk_features)
+    with without_autocast(inputs[0].device.type):
+        if any(part.needs):
+            return BarlowTwinsTerms(*_DistributedFunction.apply(part, *inputs))
+        return ROUTES[len(inputs), part.route].forward(*(x.detach() for x in inputs), part)[0]
 
 
 class _DistributedFunction(torch.autograd.Function):
-    """(z_a, z_b, part) -> (loss, on_diag, off_diag)."""
+    """(part, *inputs) -> (loss, on_diag, off_diag)."""
 
     @staticmethod
-    def forward(ctx: Any, z_a: Tensor, z_b: Tensor, part: Part) -> tuple[Tensor, ...]:
-        terms, saved = ROUTES[part.route].forward(z_a, z_b, part)
+    def forward(ctx: Any, part: Part, *inputs: Tensor) -> tuple[Tensor, ...]:
+        terms, saved = ROUTES[len(inputs), part.route].forward(*inputs, part)
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
-        ctx.part = part
+        ctx.part, ctx.route = part, ROUTES[len(inputs), part.route]
         return tuple(terms)
 
     @staticmethod
@@ -90,4 +100,4 @@ class _DistributedFunction(torch.autograd.Function):
             )
         part, saved = ctx.part, ctx.saved_tensors
         with without_autocast(saved[0].device.type):
-            return *ROUTES[part.route].backward(saved, grads, part), None
+            return None, *ctx.route.backward(saved, grads, part)

@@ -12,6 +12,7 @@ that every rank may take.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,8 +20,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..arguments import DTYPES, GRADIENTS, REDUCE_DTYPES, STATISTICS, Options, check_group_options, check_inputs, finite
+from ..arguments import (
+    DTYPES,
+    GRADIENTS,
+    REDUCE_DTYPES,
+    STATISTICS,
+    Options,
+    check_group_options,
+    check_inputs,
+    check_weight,
+    finite,
+    integer,
+)
 from ..choice import ROUTES, choose_backend, choose_route, fastest_over_ranks
+from ..linear.route import choose_linear_route
 from ..normalization import resolve_normalization
 from .collectives import gather
 from .part import Part, Rules
@@ -29,9 +42,11 @@ if TYPE_CHECKING:
     from ..arguments import Group
 
 DEVICES = ("cpu", "cuda")
-FIELDS = 19  # of the header
+FIELDS = 21  # of the header
 PARTIAL = ("torch", "triton", "cuda")  # backends that can work on a part of a batch
 BASE = len(PARTIAL) + 1
+LINEAR_ROUTES = ("auto", *ROUTES, "hidden")
+NAMES = {2: ("z_a", "z_b"), 3: ("h_a", "h_b", "weight")}  # of what a call is given, without and with the last layer
 
 
 def resolve_group(group: Group) -> dist.ProcessGroup:
@@ -56,13 +71,18 @@ def resolve_group(group: Group) -> dist.ProcessGroup:
     return group
 
 
-def agree(z_a: Tensor, z_b: Tensor, options: Options, group: dist.ProcessGroup) -> Part:
-    """Compare what the ranks were given; where they cannot compute together, every one of them raises."""
+def agree(
+    inputs: Sequence[Tensor], options: Options, group: dist.ProcessGroup, chunk_features: int | None = None
+) -> Part:
+    """Compare what the ranks were given; where they cannot compute together, every one of them raises.
+
+    The inputs are both views, or both views of the last layer's inputs and its weight.
+    """
     rank = group.rank()
     own, rules, problem = [0] * FIELDS, None, None
     try:
-        rules = _resolve(z_a, z_b, options, group)
-        fields = {**_fields(z_a, z_b, rules), **_verified(z_a, rules, group.size())}
+        rules = _resolve(inputs, options, group, chunk_features)
+        fields = {**_fields(inputs, rules), **_verified(inputs, rules, group.size())}
         own = [1, *fields.values()]
     except Exception as error:  # the others must hear of it, whatever it is
         problem = error
@@ -91,21 +111,42 @@ def agree(z_a: Tensor, z_b: Tensor, options: Options, group: dist.ProcessGroup) 
             f"with statistics='local' every rank must have at least 2 samples, got {min(sizes)} on rank "
             f"{sizes.index(min(sizes))}"
         )
-    needs = (bool(columns["the gradient of z_a"][0]), bool(columns["the gradient of z_b"][0]))
-    d = z_a.shape[1]
-    route = choose_route(rules.route, sum(sizes), d)
-    if rules.backend == "auto":
-        rules = rules._replace(backend=_common(verified[route]))
-    return Part(group, rank, sizes, d, needs, route, rules)
+    d = columns["D"][0]
+    part = Part(group, rank, sizes, d, _needs(inputs), "", rules)
+    route = _route(part, inputs)
+    backend = rules.backend
+    if backend == "auto":
+        backend = "torch" if route == "hidden" else _common(verified[route])
+    return part._replace(route=route, rules=rules._replace(backend=backend))
 
 
-def _resolve(z_a: Tensor, z_b: Tensor, options: Options, group: dist.ProcessGroup) -> Rules:
+def _needs(inputs: Sequence[Tensor]) -> tuple[bool, ...]:
+    """Which inputs need a gradient."""
+    grad = torch.is_grad_enabled()
+    return tuple(grad and x.requires_grad for x in inputs)
+
+
+def _route(part: Part, inputs: Sequence[Tensor]) -> str:
+    """The route, from what all ranks have."""
+    rules = part.rules
+    if len(inputs) == 2:
+        return choose_route(rules.route, part.n, part.d)
+    h = inputs[0].shape[1]
+    basis = sum(min(size, h) for size in part.sizes) if part.local else None
+    return choose_linear_route(rules.route, part.n, h, part.d, rules.backend, basis)
+
+
+def _resolve(inputs: Sequence[Tensor], options: Options, group: dist.ProcessGroup, chunk_features: int | None) -> Rules:
     """This rank's arguments, checked."""
     check_group_options(options)
-    check_inputs(z_a, z_b, min_samples=1)
+    z_a, z_b, *weight = inputs
+    names = NAMES[len(inputs)]
+    check_inputs(z_a, z_b, min_samples=1, names=names[:2], of="hidden units H" if weight else "features D")
+    if weight:
+        check_weight(*weight, z_a)
     if f"{z_a.device.type}:" not in dist.get_backend_config(group):
         raise ValueError(
-            f"z_a and z_b are on {z_a.device}, where group cannot communicate: its backends are "
+            f"{names[0]} and {names[1]} are on {z_a.device}, where group cannot communicate: its backends are "
             f"{dist.get_backend_config(group)}"
         )
     backend = choose_backend(options.backend)
@@ -118,25 +159,31 @@ def _resolve(z_a: Tensor, z_b: Tensor, options: Options, group: dist.ProcessGrou
         finite("lambd", options.lambd),
         finite("scale", options.scale),
         resolve_normalization(options.normalization, options.eps),
-        choose_route(options.route),
+        choose_linear_route(options.route, 2, 2, 2, backend)
+        if options.route == "hidden"
+        else choose_route(options.route),
         backend,
         options.gradient,
         options.statistics,
         options.reduce_dtype,
+        0 if chunk_features is None else integer("chunk_features", chunk_features, 1),
     )
 
 
-def _fields(z_a: Tensor, z_b: Tensor, rules: Rules) -> dict[str, int]:
+def _fields(inputs: Sequence[Tensor], rules: Rules) -> dict[str, int]:
     """What the ranks must agree on (all but N), as integers."""
-    convention, grad = rules.normalization, torch.is_grad_enabled()
+    z_a, convention = inputs[0], rules.normalization
+    linear = len(inputs) == 3
+    needs = dict(zip(NAMES[len(inputs)], map(int, _needs(inputs)), strict=True))
     return {
         "N": z_a.shape[0],
-        "D": z_a.shape[1],
+        "D": len(inputs[2]) if linear else z_a.shape[1],
+        "H": z_a.shape[1] if linear else 0,
         "dtype": DTYPES.index(z_a.dtype),
         "device": DEVICES.index(z_a.device.type) if z_a.device.type in DEVICES else -1,
-        "the gradient of z_a": int(grad and z_a.requires_grad),
-        "the gradient of z_b": int(grad and z_b.requires_grad),
-        "route": ("auto", *ROUTES).index(rules.route),
+        **{f"the gradient of {name}": need for name, need in needs.items()},
+        **({} if linear else {"the gradient of weight": 0}),
+        "route": LINEAR_ROUTES.index(rules.route),
         "backend": ("auto", *PARTIAL).index(rules.backend),
         "gradient": GRADIENTS.index(rules.gradient),
         "statistics": STATISTICS.index(rules.statistics),
@@ -149,9 +196,10 @@ def _fields(z_a: Tensor, z_b: Tensor, rules: Rules) -> dict[str, int]:
     }
 
 
-def _verified(z: Tensor, rules: Rules, ranks: int) -> dict[str, int]:
+def _verified(inputs: Sequence[Tensor], rules: Rules, ranks: int) -> dict[str, int]:
     """The backends that this rank may take, by route, the fastest first, as the digits of a number."""
-    n, d = z.shape
+    z, *_, last = inputs
+    n, d = len(z), len(last) if len(inputs) == 3 else z.shape[1]
     numbers = {}
     for route, shape in (("gram", (n * ranks, max(1, d // ranks))), ("direct", (n, d))):  # what a rank multiplies
         names = fastest_over_ranks(z.device, z.dtype, shape, route) if rules.backend == "auto" else ()
@@ -175,17 +223,21 @@ def _describe(name: str, value: int) -> str:
     names = {
         "dtype": DTYPES,
         "device": (*DEVICES, "another"),
-        "the gradient of z_a": ("not needed", "needed"),
-        "the gradient of z_b": ("not needed", "needed"),
-        "route": ("auto", *ROUTES),
+        "route": LINEAR_ROUTES,
         "backend": ("auto", *PARTIAL),
         "gradient": GRADIENTS,
         "statistics": STATISTICS,
         "reduce_dtype": REDUCE_DTYPES,
         "the normalization's eps_added_to": ("variance", "deviation"),
     }
+    if name.startswith("the gradient of "):
+        return ("not needed", "needed")[value]
+    if name == "H" and not value:
+        return "none (no last layer)"
     if name in names:
         return str(names[name][value])
+    if name == "the normalization's correction" and value < 0:
+        return "no normalization"
     is_float = name in ("lambd", "scale", "the normalization's eps")
     return f"{struct.unpack('<d', struct.pack('<q', value))[0]:g}" if is_float else str(value)
 

@@ -46,6 +46,21 @@ def _exchange(send: Tensor, send_sizes: list[int], receive_sizes: list[int], par
     return received, work.wait
 
 
+def gather_samples(h: Tensor, part: Part) -> Tensor:
+    """Every rank's (n_r, H), one below the other: (N, H)."""
+    most = max(part.sizes)
+    padded = torch.nn.functional.pad(h.detach(), (0, 0, 0, most - len(h)))
+    every = gather(padded, part.group)  # (P, most, H)
+    return torch.cat([block[:n] for block, n in zip(every, part.sizes, strict=True)])
+
+
+def sum_to_samples(x: Tensor, part: Part) -> Callable[[], Tensor]:
+    """(N, H) of every rank, summed, of which a rank gets its samples; the result waits for it."""
+    own, h = part.sizes[part.rank], x.shape[1]
+    received, wait = _exchange(x.view(-1), [n * h for n in part.sizes], [own * h] * len(part.sizes), part)
+    return lambda: (wait(), received.view(-1, own, h).sum(0))[1]
+
+
 def sum_over_ranks(x: Tensor, part: Part) -> Callable[[], Tensor]:
     """Sum ``x`` over the ranks, in the dtype that the user wants it to travel in; the result waits for it."""
     travelling = x if part.rules.reduce_dtype is None else x.to(part.rules.reduce_dtype)

@@ -12,7 +12,7 @@ from ..backends.torch_partial import Result
 from ..reference import BarlowTwinsTerms
 from .collectives import sum_over_ranks, to_features, to_samples
 from .part import Part
-from .terms import terms_of, weights_of, weights_of_sums
+from .terms import terms_of, weights_of_sums, weights_over_ranks
 
 
 def forward(z_a: Tensor, z_b: Tensor, part: Part) -> tuple[BarlowTwinsTerms, list[Tensor]]:
@@ -44,16 +44,7 @@ def backward(saved: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], part: 
     *shards, c, product, tau = saved[:5]
     moments = saved[5:] or (None, None)
     views = [ops.View(z, m, rules.normalization, segments) for z, m in zip(shards, moments, strict=True)]
-    weights = weights_of(grads, c)
-    if rules.gradient == "lightly":  # the gradient of the sum of all ranks' losses
-        dist.all_reduce(weights, group=part.group)
-        per_rank = weights[None]
-    else:  # of each rank's loss for its own samples
-        per_rank = weights.new_zeros(len(part.sizes), 3)
-        per_rank[part.rank] = weights
-        dist.all_reduce(per_rank, group=part.group)  # not a gather: it must never meet the header of a rank ahead
-        if bool((per_rank == per_rank[0]).all()):
-            per_rank = per_rank[:1]
+    per_rank = weights_over_ranks(grads, c, part)
 
     def gradient(view: int, w_on: Tensor, w_off: Tensor) -> Tensor:  # [N, D / P]
         return ops.input_grad(views, view, Result("gram", part.n, part.d, product, c, tau, w_on, w_off))

@@ -27,6 +27,7 @@ class Rules(NamedTuple):
     gradient: str
     statistics: str
     reduce_dtype: torch.dtype | None
+    chunk: int = 0  # features at a time, of the loss with the last layer (linear/); 0: what caches or memory hold
 
     @property
     def ops(self) -> ModuleType:
@@ -41,7 +42,7 @@ class Part(NamedTuple):
     rank: int
     sizes: tuple[int, ...]  # samples of every rank
     d: int
-    needs: tuple[bool, bool]  # which inputs need a gradient
+    needs: tuple[bool, ...]  # which inputs need a gradient
     route: str
     rules: Rules
 
@@ -63,6 +64,12 @@ class Part(NamedTuple):
         units = self.d // unit
         edges = [units * rank // count * unit for rank in range(count)] + [self.d]
         return [stop - start for start, stop in itertools.pairwise(edges)]
+
+    @property
+    def columns(self) -> slice:
+        """The features of this rank's shard."""
+        start = sum(self.widths[: self.rank])
+        return slice(start, start + self.widths[self.rank])
 
     def segments(self) -> Segments:
         """How the samples that this rank works on are standardised.

@@ -10,7 +10,9 @@ whole, and the backend's own passes do the rest.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -24,7 +26,8 @@ from ..normalization import Normalization
 from ..reference import BarlowTwinsTerms
 from .slabs import Grads
 
-CHUNK_BYTES = 2**27  # of both views' z of a chunk, in the dtype that everything is computed in
+CHUNK_BYTES = 2**27  # on accelerators, of both views' z of a chunk, in the dtype that everything is computed in
+CPU_CHUNK_BYTES = 2**24  # on CPUs: a few slabs of the backend's
 ALIGNMENT = 256  # features
 
 
@@ -57,7 +60,7 @@ class Passes:
     ) -> Grads:
         """The gradients; None in place of one that is not needed."""
         with accelerator.without_autocast(h_a.device.type):
-            sums = _Sums(h_a, h_b, weight, needs)
+            sums = Sums(h_a, h_b, weight, needs)
             if spec.route == "direct":
                 of_views = needs[0] or needs[2], needs[1] or needs[2]
                 z = _embed(h_a, weight), _embed(h_b, weight)
@@ -65,22 +68,10 @@ class Passes:
                 sums.add(slice(None), weight, grads)
                 return sums.result()
             c, product, tau, *moments = saved
-            wide = accelerator.widest(c)
-            w_on, w_off = (
-                (w if isinstance(w, Tensor) else c.new_zeros(())).to(wide)
-                for w in Weights(*g_terms, spec.lambd, spec.scale).of_sums()
-            )
-            ops = backends.load_partial(self._backend)
-            for s in _chunks(h_a, weight, spec):
-                w = weight[s]
-                views = [
-                    self._view(_embed(h, w), m[:, :, s] if moments else None, spec)
-                    for h, m in zip((h_a, h_b), moments or (None, None), strict=True)
-                ]
-                result = Result("gram", len(h_a), len(weight), product, c[s], tau, w_on, w_off)
-                wanted = (view for view in range(2) if needs[view] or needs[2])
-                grads = {view: ops.input_grad(views, view, result) for view in wanted}
-                sums.add(s, w, [grads.get(view) for view in range(2)])
+            of_sums = Weights(*g_terms, spec.lambd, spec.scale).of_sums()
+            w_on, w_off = ((w if isinstance(w, Tensor) else c.new_zeros(())).to(accelerator.widest(c)) for w in of_sums)
+            result = Result("gram", len(h_a), len(weight), product, c, tau, w_on, w_off)
+            self._chunks(h_a, h_b, weight, spec).gradients(moments, result, sums)
             return sums.result()
 
     def empty_saved(
@@ -99,76 +90,114 @@ class Passes:
         return passes_of(backends.load(self._backend, h.device))
 
     def _gram(self, h_a: Tensor, h_b: Tensor, weight: Tensor, spec: Spec) -> tuple[BarlowTwinsTerms, list[Tensor]]:
-        ops = backends.load_partial(self._backend)
         n, d = len(h_a), len(weight)
-        c = h_a.new_empty(d, dtype=torch.promote_types(h_a.dtype, torch.float32))
-        all_moments = [] if spec.normalization is None else [c.new_empty(3, 1, d) for _ in range(2)]
-        flats, taus = [None, None], [0.0, 0.0]
-        for s in _chunks(h_a, weight, spec):
-            views = []
-            for view, h in enumerate((h_a, h_b)):
-                z, moments = _embed(h, weight[s]), None
-                if all_moments:
-                    moments = all_moments[view][:, :, s]
-                    moments.copy_(ops.moments(z, (n,)))
-                views.append(self._view(z, moments, spec))
-                flat, tau = ops.partial_gram(views[-1])
-                flats[view] = flat if flats[view] is None else flats[view].add_(flat)
-                taus[view] = taus[view] + tau
-            c[s] = ops.diagonal(*views).div_(n)
+        flats, taus, c, moments = self._chunks(h_a, h_b, weight, spec).sums()
         wide = c.to(accelerator.widest(c))
         tau = torch.stack(taus)
         dtype = self._product_dtype(h_a, d, spec.normalization)
-        inner, product = ops.join_gram(tuple(flats), tau, (n,), d, dtype)
+        inner, product = backends.load_partial(self._backend).join_gram(flats, tau, (n,), d, dtype)
         on_diag, off_diag = (wide - 1).square().sum(), (inner / n**2 - wide.square().sum()).clamp_min(0)
         terms = BarlowTwinsTerms(spec.scale * (on_diag + spec.lambd * off_diag), on_diag, off_diag)
-        return BarlowTwinsTerms(*(t.to(c.dtype) for t in terms)), [c, product, tau, *all_moments]
+        return BarlowTwinsTerms(*(t.to(c.dtype) for t in terms)), [c, product, tau, *moments]
 
-    def _view(self, z: Tensor, moments: Tensor | None, spec: Spec) -> object:
-        n = len(z)
+    def _chunks(self, h_a: Tensor, h_b: Tensor, weight: Tensor, spec: Spec) -> Chunks:
+        n = len(h_a)
         ops = backends.load_partial(self._backend)
-        return ops.View(z, moments, spec.normalization, Segments((n,), (n,), (1.0,)))
+        return Chunks((h_a, h_b), weight, ops, spec.normalization, Segments((n,), (n,), (1.0,)), spec.chunk)
 
     def _product_dtype(self, h: Tensor, d: int, normalization: Normalization | None) -> torch.dtype:
-        """Of K in the backward pass: what a view of all features multiplies."""
-        like = h.new_empty(len(h), d, device="meta")
-        view = backends.load_partial(self._backend).View
-        if issubclass(view, KeptView):
-            moments = None if normalization is None else like.new_empty(3, 1, d)
-            return view(like, moments, normalization, Segments((len(h),), (len(h),), (1.0,))).product_dtype
-        return torch.promote_types(h.dtype, torch.float32)
+        return product_dtype(h, d, backends.load_partial(self._backend), normalization)
 
 
-class _Sums:
+class Chunks:
+    """The Gram route's sums over features, a chunk at a time, and their gradients."""
+
+    def __init__(
+        self,
+        h: tuple[Tensor, Tensor],  # [N, H] both views' activations of all samples
+        weight: Tensor,  # [D', H] of the features that are here
+        ops: ModuleType,  # a backend's, on a part of a batch
+        normalization: Normalization | None,
+        segments: Segments,
+        step: int,  # features of a chunk; 0: what memory should hold
+    ) -> None:
+        self._h, self._weight, self._ops, self._step = h, weight, ops, step
+        self._normalization, self._segments = normalization, segments
+
+    def sums(self) -> tuple[tuple[Tensor, Tensor], list[Tensor], Tensor, list[Tensor]]:
+        """Of both views K's panels and tau (backends/torch_partial.py); diag(C), and both views' moments."""
+        n, d, count = len(self._h[0]), len(self._weight), len(self._segments.sizes)
+        c = self._h[0].new_empty(d, dtype=torch.promote_types(self._weight.dtype, torch.float32))
+        moments = [] if self._normalization is None else [c.new_empty(3, count, d) for _ in range(2)]
+        flats, taus = [None, None], [0.0, 0.0]
+        for s in self._slices():
+            views = []
+            for view, h in enumerate(self._h):
+                z = _embed(h, self._weight[s])
+                if moments:
+                    moments[view][:, :, s] = self._ops.moments(z, self._segments.sizes)
+                views.append(self._view(z, view, s, moments))
+                flat, tau = self._ops.partial_gram(views[view])
+                flats[view] = flat if flats[view] is None else flats[view].add_(flat)
+                taus[view] = taus[view] + tau
+            c[s] = self._ops.diagonal(*views).div_(n)
+        return tuple(flats), taus, c, moments
+
+    def gradients(self, moments: list[Tensor], result: Result, sums: Sums) -> None:
+        """Adds to ``sums`` what these features have of the gradients; diag(C) in ``result`` is theirs."""
+        for s in self._slices():
+            views = [self._view(_embed(h, self._weight[s]), view, s, moments) for view, h in enumerate(self._h)]
+            of_chunk = dataclasses.replace(result, c=result.c[s])
+            grads = [self._ops.input_grad(views, view, of_chunk) if sums.of_view(view) else None for view in range(2)]
+            sums.add(s, self._weight[s], grads)
+
+    def _view(self, z: Tensor, view: int, s: slice, moments: list[Tensor]) -> object:
+        return self._ops.View(z, moments[view][:, :, s] if moments else None, self._normalization, self._segments)
+
+    def _slices(self) -> Iterator[slice]:
+        n, d = len(self._h[0]), len(self._weight)
+        size = torch.promote_types(self._weight.dtype, torch.float32).itemsize
+        budget = CPU_CHUNK_BYTES if self._weight.device.type == "cpu" else CHUNK_BYTES
+        step = self._step or max(ALIGNMENT, budget // (2 * n * size) // ALIGNMENT * ALIGNMENT)
+        return (slice(start, min(start + step, d)) for start in range(0, max(d, 1), step))
+
+
+def product_dtype(h: Tensor, d: int, ops: ModuleType, normalization: Normalization | None) -> torch.dtype:
+    """Of K in the backward pass: what a view of all features multiplies."""
+    like = h.new_empty(len(h), d, device="meta")
+    if issubclass(ops.View, KeptView):
+        moments = None if normalization is None else like.new_empty(3, 1, d)
+        return ops.View(like, moments, normalization, Segments((len(h),), (len(h),), (1.0,))).product_dtype
+    return torch.promote_types(h.dtype, torch.float32)
+
+
+class Sums:
     """The gradients of the activations, summed over chunks, and of the weight, a chunk at a time."""
 
     def __init__(self, h_a: Tensor, h_b: Tensor, weight: Tensor, needs: tuple[bool, bool, bool]) -> None:
         self._h, self._weight, self._needs = (h_a, h_b), weight, needs
-        self._of_weight = torch.empty_like(weight) if needs[2] else None
-        self._of_h: list[Tensor | None] = [None, None]
+        self.of_weight = torch.empty_like(weight) if needs[2] else None
+        self.of_h: list[Tensor | None] = [None, None]  # [N, H] each
+
+    def of_view(self, view: int) -> bool:
+        """Whether dL/dz of a view is asked for."""
+        return self._needs[view] or self._needs[2]
 
     def add(self, columns: slice, weight: Tensor, grads: list[Tensor | None]) -> None:
         """What dL/dz of a chunk's features adds."""
-        if self._of_weight is not None:
+        if self.of_weight is not None:
             parts = (accelerator.matmul(grad.T, h) for grad, h in zip(grads, self._h, strict=True))
-            self._of_weight[columns] = next(parts).add_(next(parts))
+            self.of_weight[columns] = next(parts).add_(next(parts))
         for view in range(2):
             if self._needs[view]:
-                part, total = accelerator.matmul(grads[view], weight), self._of_h[view]
-                self._of_h[view] = part if total is None else total.add_(part)
+                part, total = accelerator.matmul(grads[view], weight), self.of_h[view]
+                self.of_h[view] = part if total is None else total.add_(part)
 
     def result(self) -> Grads:
         """The gradients, in the dtypes of what they belong to."""
-        of_h = [None if g is None else g.to(h.dtype) for g, h in zip(self._of_h, self._h, strict=True)]
-        return of_h[0], of_h[1], self._of_weight
+        of_h = [None if g is None else g.to(h.dtype) for g, h in zip(self.of_h, self._h, strict=True)]
+        return of_h[0], of_h[1], self.of_weight
 
 
 def _embed(h: Tensor, weight: Tensor) -> Tensor:  # [N, H], [columns, H] -> [N, columns]
     return h @ weight.T
-
-
-def _chunks(h: Tensor, weight: Tensor, spec: Spec) -> Iterator[slice]:
-    n, d = len(h), len(weight)
-    size = torch.promote_types(h.dtype, torch.float32).itemsize
-    step = spec.chunk or max(ALIGNMENT, CHUNK_BYTES // (2 * n * size) // ALIGNMENT * ALIGNMENT)
-    return (slice(start, min(start + step, d)) for start in range(0, d, step))

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
-from ..arguments import Options, check_inputs, finite, integer
+from ..arguments import Options, check_group_options, check_inputs, check_weight, finite, integer
 from ..backends.operations import Spec
-from ..choice import ROUTES, choose_backend, choose_route
+from ..choice import choose_backend
 from ..function import apply
-from ..loss import BarlowTwinsLoss
+from ..loss import BarlowTwinsLoss, _process_group
 from ..normalization import Normalization, resolve_normalization
 from ..reference import BarlowTwinsTerms, reference_loss
+from .route import choose_linear_route
 
-HIDDEN_AT_MOST = 0.5  # hidden units of a sample's, up to which "auto" takes the hidden route
+if TYPE_CHECKING:
+    from ..arguments import Group
 
 
 def linear_barlow_twins_loss(
@@ -28,6 +32,10 @@ def linear_barlow_twins_loss(
     backend: str = "auto",
     return_terms: bool = False,
     chunk_features: int | None = None,
+    group: Group | None = None,
+    gradient: str | None = None,
+    statistics: str = "global",
+    reduce_dtype: torch.dtype | None = None,
 ) -> Tensor | BarlowTwinsTerms:
     """The Barlow Twins loss of z = h weight^T, exact, without the (N, D) embeddings: last layer and loss in one.
 
@@ -46,19 +54,27 @@ def linear_barlow_twins_loss(
         lambd, scale, normalization, eps, backend, return_terms: as in :func:`barlow_twins_loss`. The backend
             ``"reference"`` makes z.
         route: ``"gram"`` or ``"direct"`` of :func:`barlow_twins_loss`; ``"hidden"``, which makes no embeddings at all
-            (34 H^2 D FLOPs, two (H, H) matrices; PyTorch's operators alone); or ``"auto"``: hidden where H <= N/2, if
-            the backend may be PyTorch's operators.
+            (38 H^2 D FLOPs, two (H, H) matrices; PyTorch's operators alone); or ``"auto"``: hidden where that is ahead,
+            at H up to about N/2 (linear/route.py), if the backend may be PyTorch's operators.
         chunk_features: features of a slab of the Gram and the hidden route; None: what a CPU's caches hold, or on
             accelerators 128 MiB of embeddings.
+        group, gradient, statistics, reduce_dtype: as in :func:`barlow_twins_loss`. h_a and h_b are this rank's samples,
+            (n_r, H); the weight is whole, and the same on every rank. A rank computes for a share of the features (the
+            direct route: for its samples), and gets a part of the weight's gradient. The parts' sum over the ranks,
+            which DistributedDataParallel and FSDP turn into an average, is what the layer by itself would have.
 
     Returns:
         As :func:`barlow_twins_loss`, differentiable with respect to h_a, h_b and weight.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
-        RuntimeError: the backend asked for cannot run here, or a second derivative was asked for.
+        RuntimeError: the backend asked for cannot run here, or a second derivative was asked for; with a group, as
+            :func:`barlow_twins_loss`, and in the backward pass if the loss's gradient differs between ranks
+            (``gradient="official"``, other routes than direct).
     """
-    options = Options(lambd, scale, normalization, eps, route, backend, return_terms)
+    options = Options(
+        lambd, scale, normalization, eps, route, backend, return_terms, group, gradient, statistics, reduce_dtype
+    )
     return _loss(h_a, h_b, weight, options, chunk_features)
 
 
@@ -66,8 +82,15 @@ def _loss(
     h_a: Tensor, h_b: Tensor, weight: Tensor, options: Options, chunk_features: int | None
 ) -> Tensor | BarlowTwinsTerms:
     h_a, h_b, weight = _autocast(h_a, h_b, weight)
+    process_group = _process_group(options.group)
+    if process_group is not None and process_group.size() > 1:
+        from .. import distributed  # not everyone needs it, and it imports much
+
+        terms = distributed.apply((h_a, h_b, weight), options, process_group, chunk_features)  # checks as well
+        return terms if options.return_terms else terms.loss
+    check_group_options(options)
     check_inputs(h_a, h_b, names=("h_a", "h_b"), of="hidden units H")
-    _check_weight(weight, h_a)
+    check_weight(weight, h_a)
     lambd, scale = finite("lambd", options.lambd), finite("scale", options.scale)
     chunk = 0 if chunk_features is None else integer("chunk_features", chunk_features, 1)
     convention = resolve_normalization(options.normalization, options.eps)
@@ -79,20 +102,6 @@ def _loss(
         spec = Spec("torch" if route == "hidden" else backend, route, convention, lambd, scale, chunk)
         terms = apply((h_a, h_b, weight), spec, options.return_terms)
     return BarlowTwinsTerms(*terms) if options.return_terms else terms[0]
-
-
-def choose_linear_route(route: str, n: int, h: int, d: int, backend: str) -> str:
-    """The route for N samples of H hidden units and D features."""
-    if route == "hidden":
-        if backend not in ("auto", "torch"):
-            raise ValueError(f"route='hidden' is PyTorch's operators: it cannot run with backend={backend!r}")
-        return route
-    if route not in ("auto", *ROUTES):
-        raise ValueError(f"route must be 'gram', 'direct', 'hidden' or 'auto', got {route!r}")
-    asked = choose_route(route)
-    if asked == "auto" and backend in ("auto", "torch") and h <= HIDDEN_AT_MOST * min(n, d):
-        return "hidden"
-    return choose_route(route, n, d, backend)
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -107,25 +116,6 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
         for t in tensors
     )
-
-
-def _check_weight(weight: Tensor, h: Tensor) -> None:
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight must be a torch.Tensor, got {type(weight).__name__}")
-    for name, tensor in (("weight", weight), ("h_a", h)):
-        if hasattr(tensor, "device_mesh"):
-            raise TypeError(f"{name} must be a plain tensor, got a DTensor: give its local or its full tensor")
-    if weight.layout != torch.strided or weight.is_nested:
-        got = "a nested tensor" if weight.is_nested else f"layout {weight.layout}"
-        raise TypeError(f"weight must be a dense (strided) tensor, got {got}")
-    if weight.dim() != 2 or weight.shape[1] != h.shape[1] or not len(weight):
-        raise ValueError(
-            f"weight must be 2-D, (features D >= 1, hidden units H = {h.shape[1]}), got shape {tuple(weight.shape)}"
-        )
-    if weight.dtype != h.dtype:
-        raise TypeError(f"weight and h_a must have the same dtype, got {weight.dtype} and {h.dtype}")
-    if weight.device != h.device:
-        raise ValueError(f"weight and h_a must be on the same device, got {weight.device} and {h.device}")
 
 
 class LinearBarlowTwinsLoss(nn.Module):
@@ -178,9 +168,6 @@ class LinearBarlowTwinsLoss(nn.Module):
     def _take(self, chunk_features: int | None, options: dict[str, object]) -> None:
         route = options.pop("route", "auto")
         choose_linear_route(route, 2, 2, 2, choose_backend(options.get("backend", "auto")))
-        group = {"group", "gradient", "statistics", "reduce_dtype"} & {k for k, v in options.items() if v is not None}
-        if group:
-            raise TypeError(f"the loss with the last layer works on one process: got {', '.join(sorted(group))}")
         self.biased = False
         self.loss = BarlowTwinsLoss(**options)
         self.loss.route = route

@@ -36,7 +36,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from barlow_fused import BarlowTwinsLoss, Normalization, barlow_twins_loss
+from barlow_fused import (
+    BarlowTwinsLoss,
+    LinearBarlowTwinsLoss,
+    Normalization,
+    barlow_twins_loss,
+    linear_barlow_twins_loss,
+)
 from barlow_fused.arguments import Options
 from barlow_fused.backends import torch_partial
 from barlow_fused.distributed import agreement
@@ -252,7 +258,7 @@ def number_and_size_of_collectives() -> None:
     local = n // ranks
     triangle = sum(torch_partial.panel_sizes(n))  # of K
     assert n * (n + 1) / 2 <= triangle <= n * (n + torch_partial.PANEL) / 2
-    header = (GATHER, torch.int64, 19)
+    header = (GATHER, torch.int64, agreement.FIELDS)
     for gradient in ("official", "lightly"):
         weights = [("all_reduce", torch.float64, 3 * ranks if gradient == "official" else 3)]
         for dtype in (torch.float32, torch.bfloat16):
@@ -608,9 +614,8 @@ def auto_is_what_every_rank_has_verified() -> None:
         for route, on_last in of_last.items():
             with mock.patch.object(agreement, "fastest_over_ranks", order):
                 z_a, z_b = map(own, views(16, 400))
-                part = agreement.agree(
-                    z_a, z_b, Options(route=route, group="world", gradient="official"), dist.group.WORLD
-                )
+                options = Options(route=route, group="world", gradient="official")
+                part = agreement.agree((z_a, z_b), options, dist.group.WORLD)
             of_first = everywhere if last else on_last
             assert part.rules.backend == next(name for name in of_first if name in on_last)
     ranks = last + 1
@@ -748,6 +753,224 @@ def modules_can_be_copied() -> None:
         assert "gradient='lightly', statistics='local'" in repr(twin)
 
 
+# The loss with the last layer in it
+
+
+def activations(n: int, h: int, d: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Two views' rectified activations of all ranks, and a weight that all of them have."""
+    h_a, h_b = (x.relu() for x in views(n, h, torch.float64))
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(d, h, generator=generator, dtype=torch.float64) / h**0.5
+    return h_a.to(dtype), h_b.to(dtype), weight.to(dtype)
+
+
+def assert_last_layer_equals_oracle(
+    n: int, h: int, d: int, dtype: torch.dtype, tolerance: float, route: str, gradient: str, statistics: str,
+    convention: Any = BATCH_NORM, sizes: list[int] | None = None, **kwargs: Any,
+) -> None:  # fmt: skip
+    sizes = sizes or split(n)
+    segments = sizes if statistics == "local" else [n]
+    h_a, h_b, weight = activations(n, h, d, dtype)
+    inputs = [x.double().requires_grad_() for x in (h_a, h_b, weight)]
+    z = [x @ inputs[2].T for x in inputs[:2]]
+    want, _ = global_oracle(*z, segments, convention, **WEIGHTS)
+    wanted = torch.autograd.grad(z, inputs, [g.double() for g in want[3:]])
+    a, b, w = own(h_a, sizes), own(h_b, sizes), weight.clone().requires_grad_()
+    terms = linear_barlow_twins_loss(
+        a, b, w, **WEIGHTS, normalization=convention or "none", route=route, return_terms=True,
+        group="world", gradient=gradient, statistics=statistics, **kwargs,
+    )  # fmt: skip
+    grads = torch.autograd.grad(terms.loss, (a, b, w))
+    factor = dist.get_world_size() if gradient == "lightly" else 1
+    where = f"N={n} H={h} D={d} {dtype} {route} {gradient} {statistics} {convention}"
+    for name, got, ref in zip(terms._fields, terms, want, strict=False):
+        value = error(got, ref, at_least=d)
+        assert value < tolerance, f"{name}: {value:.1e} at {where}"
+    wholes = [torch.zeros(n, h, dtype=torch.float64) for _ in range(2)]
+    for whole, got in zip(wholes, grads, strict=False):
+        whole.split(sizes)[dist.get_rank()].copy_(got)
+    for name, whole, got, ref in zip("ab", (*wholes, grads[2].double()), grads, wanted, strict=False):
+        assert got.dtype == dtype
+        dist.all_reduce(whole)
+        value = error(whole, ref * factor, at_least=0)
+        assert value < tolerance, f"gradient {name}: {value:.1e} at {where}"
+
+
+LAST_LAYERS = [(17, 5, 100), (40, 12, 300), (33, 50, 70), (24, 3, 3), (140, 20, 64), (18, 7, 1001)]  # N, H, D
+LINEAR = [(r, g, s) for r in ("gram", "direct", "hidden") for g in ("official", "lightly") for s in ("global", "local")]
+
+
+@check
+def last_layer_in_float64_equals_one_process() -> None:
+    for shape in LAST_LAYERS:
+        for options in LINEAR:
+            assert_last_layer_equals_oracle(*shape, torch.float64, 2e-12, *options)
+
+
+@check
+def last_layer_in_float32_equals_one_process() -> None:
+    for n, h, d in LAST_LAYERS:
+        for options in LINEAR:
+            if options[0] != "gram" or 2 * n <= d:  # where Gram's difference loses no digits
+                assert_last_layer_equals_oracle(n, h, d, torch.float32, 1e-5, *options)
+
+
+@check
+def last_layer_with_every_convention_and_uneven_batches() -> None:
+    sizes = [4 + 3 * rank for rank in range(dist.get_world_size())]
+    for convention in NORMALIZATIONS.values():
+        for route, gradient, statistics in LINEAR:
+            if convention is None and statistics == "local":
+                continue  # nothing is standardised
+            arguments = (route, gradient, statistics, convention)
+            assert_last_layer_equals_oracle(sum(sizes), 6, 131, torch.float64, 2e-12, *arguments, sizes)
+            assert_last_layer_equals_oracle(sum(sizes), 6, 131, torch.float32, 1e-5, *arguments, sizes)
+
+
+@check
+def last_layer_in_half_precision_and_in_chunks() -> None:
+    for options in LINEAR:
+        for dtype in (torch.bfloat16, torch.float16):
+            assert_last_layer_equals_oracle(32, 12, 301, dtype, 2e-2, *options)
+        for chunk in (1, 7, 1000):
+            assert_last_layer_equals_oracle(20, 5, 61, torch.float64, 2e-12, *options, chunk_features=chunk)
+
+
+@check
+def last_layer_with_some_gradients_only() -> None:
+    for route in ("gram", "direct", "hidden"):
+        tensors = activations(20, 5, 61, torch.float64)
+        tensors = [own(x) for x in tensors[:2]] + [tensors[2]]
+        arguments = {"route": route, "group": "world", "gradient": "official"}
+        every = [x.detach().requires_grad_() for x in tensors]
+        wanted = torch.autograd.grad(linear_barlow_twins_loss(*every, **arguments), every)
+        for chosen in ((True, False, False), (False, True, False), (False, False, True), (True, False, True)):
+            inputs = [x.detach().requires_grad_(need) for x, need in zip(tensors, chosen, strict=True)]
+            linear_barlow_twins_loss(*inputs, **arguments).backward()
+            for x, want, need in zip(inputs, wanted, chosen, strict=True):
+                assert (x.grad is not None) == need
+                assert not need or error(x.grad, want) < 1e-12
+
+
+@check
+def last_layer_under_ddp_and_fsdp() -> None:
+    """The module owns the weight; the average of the ranks' gradients is that of one process."""
+    ranks = dist.get_world_size()
+    x = torch.randn(8 * ranks, 9, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    y = x + 0.1 * x.flip(1)
+    for route in ("gram", "direct", "hidden"):
+        torch.manual_seed(0)
+        alone = nn.Sequential(nn.Linear(9, 6), nn.BatchNorm1d(6).eval(), nn.ReLU(), nn.Linear(6, 50)).double()
+        several = {"group": "world", "gradient": "lightly"} if ranks > 1 else {}
+
+        class Model(nn.Module):
+            def __init__(self, network: nn.Module) -> None:
+                super().__init__()
+                self.network = network[:-1]
+                self.loss = LinearBarlowTwinsLoss.from_linear(network[-1], route=route, **several)  # noqa: B023
+
+            def forward(self, a: Tensor, b: Tensor) -> Tensor:
+                return self.loss(self.network(a), self.network(b))
+
+        want = [p.grad for p in grads_of(alone, x, y)]
+        for wrap in (DistributedDataParallel, fully_shard):
+            model = Model(copy.deepcopy(alone))
+            if wrap is fully_shard:
+                fully_shard(model.loss)
+            model = wrap(model)
+            model(own(x), own(y)).backward()
+            for p, ref in zip(model.parameters(), [*want[:4], want[4]], strict=True):
+                got = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+                assert error(got, ref) < 1e-11, (route, wrap)
+
+
+def grads_of(network: nn.Module, x: Tensor, y: Tensor) -> list[nn.Parameter]:
+    barlow_twins_loss(network(x), network(y), backend="reference").backward()
+    return list(network.parameters())
+
+
+@check
+def last_layer_names_what_the_ranks_disagree_on() -> None:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    if ranks == 1:
+        return
+    odd = rank == ranks - 1
+    h_a, h_b, weight = activations(8, 5, 31, torch.float32)
+    arguments = {"h_a": h_a, "h_b": h_b, "weight": weight}
+    several = {"group": "world", "gradient": "official"}
+    for wrong, kind, message in (
+        ({"weight": weight[:, :4]}, ValueError, "weight must be 2-D"),
+        ({"weight": weight.double()}, TypeError, "weight and h_a must have the same dtype"),
+        ({"h_a": None}, TypeError, "h_a must be a torch.Tensor"),
+        ({"chunk_features": 0}, ValueError, "chunk_features must be at least 1"),
+        ({"route": "shortest"}, ValueError, "route must be"),
+        ({"route": "hidden", "backend": "cuda"}, (ValueError, RuntimeError), ""),
+    ):
+        with raises(kind if odd else RuntimeError, message if odd else f"invalid arguments on rank {ranks - 1}"):
+            linear_barlow_twins_loss(**{**arguments, **(wrong if odd else {})}, **several)
+    for wrong, name in (({"weight": weight[:30]}, "D"), ({"route": "hidden"}, "route")):
+        with raises(ValueError, f"disagree on {name}"):
+            linear_barlow_twins_loss(**{**arguments, **(wrong if odd else {})}, **several)
+    with raises(ValueError, "disagree on the gradient of weight: not needed on rank 0"):
+        linear_barlow_twins_loss(h_a, h_b, weight.requires_grad_(odd), **several)
+    with raises(ValueError, "disagree on"):  # one with the last layer, one without
+        if odd:
+            barlow_twins_loss(h_a, h_b, **several)
+        else:
+            linear_barlow_twins_loss(h_a, h_b, weight.detach()[:5], **several)
+    for route in ("gram", "hidden"):
+        inputs = [x.detach().requires_grad_() for x in (h_a, h_b, weight)]
+        loss = linear_barlow_twins_loss(*inputs, route=route, **several)
+        with raises(RuntimeError, "the ranks use the loss in different ways"):
+            (loss * (2 if odd else 1)).backward()
+    inputs = [x.detach().requires_grad_() for x in (h_a, h_b, weight)]
+    (linear_barlow_twins_loss(*inputs, route="direct", **several) * (2 if odd else 1)).backward()  # its own samples
+
+
+@check
+def last_layer_takes_the_route_by_the_samples_of_all() -> None:
+    ranks = dist.get_world_size()
+    for n, h, d, statistics, route in (
+        (16 * ranks, 8 * ranks, 2000, "global", "hidden"),
+        (16 * ranks, 15 * ranks, 2000, "global", "gram"),
+        (16 * ranks, 15 * ranks, 20 * ranks, "global", "direct"),
+        (16 * ranks, 8, 2000, "local", "hidden"),  # a decomposition a rank
+        (16 * ranks, 15, 2000, "local", "gram"),
+    ):
+        h_a, h_b, weight = activations(n, h, d, torch.float32)
+        options = Options(group="world", gradient="official", statistics=statistics)
+        part = agreement.agree((own(h_a), own(h_b), weight), options, dist.group.WORLD)
+        assert part.route == route, (n, h, d, part.route)
+
+
+@check
+def last_layer_sends_what_the_documentation_says() -> None:
+    ranks = dist.get_world_size()
+    if ranks == 1:
+        return
+    n, h, d = 24 * ranks, 6, 50 * ranks
+    for route in ("gram", "hidden"):
+        h_a, h_b, weight = activations(n, h, d, torch.float32)
+        inputs = own(h_a), own(h_b), weight.requires_grad_()
+        with recorded() as forward:
+            loss = linear_barlow_twins_loss(*inputs, route=route, group="world", gradient="official")
+        with recorded() as backward:
+            loss.backward()
+        weights = ("all_reduce", torch.float64, 3 * ranks)
+        if route == "gram":
+            triangle = sum(torch_partial.panel_sizes(n))
+            k = ("all_reduce", torch.float64 if n < torch_partial.FLOAT64_SAMPLES else torch.float32, triangle)
+            assert [call for call in forward if call[0] != GATHER] == [k, k, ("all_reduce", torch.float64, 4)], forward
+            assert backward == [weights, *[("all_to_all_single", torch.float32, n * h)] * 2], backward
+        else:
+            factors = (GATHER, torch.float64, 2 * h * h + h * h)
+            basis = ("all_reduce", torch.float64, 2 * ranks * h * h + 2 * h * h + h * h)
+            sums = [("all_reduce", torch.float64, size) for size in (2 * h * h, 2)]
+            means = ("all_reduce", torch.float64, 2 * h)
+            assert forward[1:] == [means, factors, basis, *sums], forward
+            assert backward == [weights, ("all_reduce", torch.float64, 4 * h * h)], backward
+
+
 # The backends of kernels, in Triton's interpreter or compiled for the CPU: asked for by name, as they take long
 
 
@@ -773,13 +996,34 @@ def kernels_in_half_precision(backend: str) -> None:
             assert_equal_to_oracle(40, 100, torch.bfloat16, 5e-3, *options, backend=backend)
 
 
+def kernels_with_the_last_layer(backend: str) -> None:
+    for route in ("gram", "direct"):
+        for statistics in ("global", "local"):
+            assert_last_layer_equals_oracle(
+                17,
+                8,
+                100 if route == "gram" else 20,
+                torch.float32,
+                1e-5,
+                route,
+                "lightly",
+                statistics,
+                backend=backend,
+            )
+
+
 def kernels_do_not_take_float64(backend: str) -> None:
     z = torch.randn(4, 31, dtype=torch.float64)
     with raises(RuntimeError, "cannot take torch.float64"):
         barlow_twins_loss(z, z, backend=backend, group="world", gradient="official")
 
 
-KERNEL_CHECKS = (kernels_equal_one_process, kernels_in_half_precision, kernels_do_not_take_float64)
+KERNEL_CHECKS = (
+    kernels_equal_one_process,
+    kernels_in_half_precision,
+    kernels_with_the_last_layer,
+    kernels_do_not_take_float64,
+)
 EMULATED = "BARLOW_FUSED_EMULATED"  # the path of the CUDA kernels compiled for the CPU
 
 

@@ -14,6 +14,7 @@ from barlow_fused import LinearBarlowTwinsLoss, barlow_twins_loss, linear_barlow
 from barlow_fused.backends import torch_partial, torch_whole
 from barlow_fused.linear import chunks, hidden
 from barlow_fused.linear import passes as passes_module
+from barlow_fused.linear.route import choose_linear_route
 from barlow_fused.reference import reference_loss
 
 ROUTES = ("gram", "direct", "hidden")
@@ -306,12 +307,12 @@ def test_the_terms_are_differentiable():
     ],
 )
 def test_the_route(n, h, d, backend, want):
-    assert barlow_fused.linear.loss.choose_linear_route("auto", n, h, d, backend) == want
+    assert choose_linear_route("auto", n, h, d, backend) == want
 
 
 def test_what_is_configured_is_taken():
     with barlow_fused.configure(route="direct"):
-        assert barlow_fused.linear.loss.choose_linear_route("auto", 64, 8, 1000, "auto") == "direct"
+        assert choose_linear_route("auto", 64, 8, 1000, "auto") == "direct"
 
 
 # The module
@@ -350,7 +351,8 @@ def test_bad_input_is_named():
         (lambda: linear_barlow_twins_loss(h_a, h_b, weight, route="fast")): "route must be 'gram', 'direct', 'hidden'",
         (lambda: linear_barlow_twins_loss(h_a, h_b, weight, route="hidden", backend="triton")): "route='hidden'",
         (lambda: linear_barlow_twins_loss(h_a, h_b, weight, chunk_features=0)): "chunk_features must be at least 1",
-        (lambda: LinearBarlowTwinsLoss(12, 130, gradient="official")): "works on one process: got gradient",
+        (lambda: LinearBarlowTwinsLoss(12, 130, gradient="official")): "gradient is about several processes",
+        (lambda: linear_barlow_twins_loss(h_a, h_b, weight, gradient="lightly")): "about several processes",
         (lambda: LinearBarlowTwinsLoss(12, 130, route="fast")): "route must be",
         (lambda: LinearBarlowTwinsLoss.from_linear(torch.nn.ReLU())): "layer must be a torch.nn.Linear, got ReLU",
         (lambda: LinearBarlowTwinsLoss.from_linear(layer, normalization="none")(h_a, h_b)): "layer has a bias",

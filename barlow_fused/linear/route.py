@@ -1,0 +1,34 @@
+"""Which route the loss with the last layer takes: that with fewer FLOPs, where the hidden route's count for more."""
+
+from __future__ import annotations
+
+from ..choice import ROUTES, choose_route
+
+HIDDEN_RATE = 0.75  # of the others' FLOPs a second: its products are smaller (docs/linear.md has measurements)
+
+
+def choose_linear_route(route: str, n: int, h: int, d: int, backend: str, basis: int | None = None) -> str:
+    """The route for N samples of H hidden units and D features.
+
+    ``basis`` is R, the size of the hidden route's matrices, where it is not min(N, H).
+    """
+    if route == "hidden":
+        if backend not in ("auto", "torch"):
+            raise ValueError(f"route='hidden' is PyTorch's operators: it cannot run with backend={backend!r}")
+        return route
+    if route not in ("auto", *ROUTES):
+        raise ValueError(f"route must be 'gram', 'direct', 'hidden' or 'auto', got {route!r}")
+    other = choose_route(route, n, d, backend)
+    if choose_route(route) == "auto" and backend in ("auto", "torch"):
+        hidden = flops("hidden", n, h, d, basis) / HIDDEN_RATE
+        return "hidden" if hidden <= flops(other, n, h, d) else other
+    return other
+
+
+def flops(route: str, n: int, h: int, d: int, basis: int | None = None) -> int:
+    """Of the matrix products, forward and backward, all three gradients; one in float64 counts twice."""
+    if route == "hidden":
+        r = min(n, h) if basis is None else basis
+        decomposition = n * (16 * min(n, h) * h + 6 * min(n, h) ** 2)  # and what it takes back to the activations
+        return (20 * r * h + 18 * r * r) * d + 2 * decomposition
+    return 16 * n * h * d + 6 * n * d * (n if route == "gram" else d)
