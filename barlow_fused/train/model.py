@@ -81,10 +81,12 @@ class BarlowTwins(nn.Module):
         self.projector = nn.Sequential(*layers, nn.Linear(widths[-2], widths[-1], bias=False))
         self.embeds = True  # False: the last layer is left to the loss (step.py)
 
-    def forward(self, y_a: Tensor, y_b: Tensor) -> tuple[Tensor, Tensor]:  # 2 x [N, C, H, W] -> 2 x [N, D] or [N, H]
-        """The projections of two views, or what the last layer makes them of."""
-        project = self.projector if self.embeds else self.projector[:-1]
-        return project(self.backbone(y_a)), project(self.backbone(y_b))
+    def forward(self, y_a: Tensor, y_b: Tensor) -> tuple[Tensor, ...]:  # 2 x [N, C, H, W] -> 2 x [N, D]
+        """The projections of two views; or what the last layer makes them of, 2 x [N, H], and its weight, [D, H]."""
+        if self.embeds:
+            return self.projector(self.backbone(y_a)), self.projector(self.backbone(y_b))
+        project, last = self.projector[:-1], self.projector[-1]
+        return project(self.backbone(y_a)), project(self.backbone(y_b)), last.weight
 
 
 def build(

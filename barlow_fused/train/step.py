@@ -50,26 +50,27 @@ class ReferenceLoss(nn.Module):
 
 
 class LastLayerLoss:
-    """``--fused-projector``: the loss of what the network gives, and of its projector's last weight."""
+    """``--fused-projector``: the loss of what the network gives its last layer, and of that layer's weight."""
 
-    def __init__(self, network: BarlowTwins, config: Config) -> None:
-        self.network, self.config = network, config
+    def __init__(self, config: Config, **several: str) -> None:
+        self.config, self.several = config, several
 
-    def __call__(self, h_a: Tensor, h_b: Tensor) -> BarlowTwinsTerms:  # 2 x [N, H]
-        """The loss of one process's samples."""
-        weight = self.network.projector[-1].weight
+    def __call__(self, h_a: Tensor, h_b: Tensor, weight: Tensor) -> BarlowTwinsTerms:  # 2 x [n, H], [D, H]
+        """The loss of all processes' samples."""
         with autocast(self.config, h_a.device):
-            return linear_barlow_twins_loss(h_a, h_b, weight, lambd=self.config.lambd, return_terms=True)
+            return linear_barlow_twins_loss(
+                h_a, h_b, weight, lambd=self.config.lambd, return_terms=True, **self.several
+            )
 
 
-def criterion(config: Config, processes: Processes, network: BarlowTwins) -> Callable[[Tensor, Tensor], Any]:
-    """The loss over the samples of all processes; returns (loss, on_diag, off_diag)."""
+def criterion(config: Config, processes: Processes, network: BarlowTwins) -> Callable[..., Any]:
+    """The loss over the samples of all processes, of what the network gives; returns (loss, on_diag, off_diag)."""
+    several = {"group": "world", "gradient": config.gradient} if processes.count > 1 else {}
     if config.fused_projector:
         network.embeds = False
-        return LastLayerLoss(network, config)
+        return LastLayerLoss(config, **several)
     if config.loss == "reference" and processes.count > 1:
         return ReferenceLoss(config.lambd, config.gradient)
-    several = {"group": "world", "gradient": config.gradient} if processes.count > 1 else {}
     backend = "auto" if config.loss == "fused" else "reference"
     return BarlowTwinsLoss(lambd=config.lambd, backend=backend, return_terms=True, **several)
 
@@ -78,7 +79,7 @@ class Stepper(NamedTuple):
     """What a step needs beside its views."""
 
     model: nn.Module  # a BarlowTwins, or DistributedDataParallel's of one
-    criterion: Callable[[Tensor, Tensor], Any]  # of (z_a, z_b), or (h_a, h_b)
+    criterion: Callable[..., Any]  # of (z_a, z_b), or (h_a, h_b, weight)
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     config: Config
@@ -88,19 +89,25 @@ class Stepper(NamedTuple):
     def backward(self, parts: Sequence[tuple[Tensor, Tensor]], step: int) -> BarlowTwinsTerms:
         """Add the (scaled) gradient of the loss of a step's parts to the weights' ``grad``."""
         if len(parts) == 1:
-            z_a, z_b = self._forward(parts[0], step, 0)
-            terms = self.criterion(z_a, z_b)
+            terms = self.criterion(*self._forward(parts[0], step, 0))
             self.scaler.scale(terms.loss).backward()
             return terms
         with torch.no_grad(), running_statistics_kept(self.model):
             passed = [self._forward(views, step, part) for part, views in enumerate(parts)]
-        z_a, z_b = (torch.cat(z).requires_grad_() for z in zip(*passed, strict=True))  # (n, D), all parts
-        terms = self.criterion(z_a, z_b)
+        of_parts = list(zip(*passed, strict=True))
+        inputs = [torch.cat(z).requires_grad_() for z in of_parts[:2]]  # (n, D), all parts
+        inputs += [
+            weight.detach().requires_grad_() for weight, *_ in of_parts[2:]
+        ]  # the last layer's, if the loss has it
+        terms = self.criterion(*inputs)
         self.scaler.scale(terms.loss).backward()
-        shares = zip(z_a.grad.split(len(z_a) // len(parts)), z_b.grad.split(len(z_b) // len(parts)), strict=True)
+        of_views, of_weight = [x.grad for x in inputs[:2]], [x.grad for x in inputs[2:]]
+        shares = zip(*(grad.split(len(grad) // len(parts)) for grad in of_views), strict=True)
         for part, (views, share) in enumerate(zip(parts, shares, strict=True)):
-            with self._averaged(last=part + 1 == len(parts)):
-                torch.autograd.backward(self._forward(views, step, part), share)
+            last = part + 1 == len(parts)
+            with self._averaged(last):
+                grads = (*share, *of_weight) if last else share
+                torch.autograd.backward(self._forward(views, step, part)[: len(grads)], grads)
         return terms
 
     def update(self) -> None:
@@ -109,7 +116,7 @@ class Stepper(NamedTuple):
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _forward(self, views: tuple[Tensor, Tensor], step: int, part: int) -> tuple[Tensor, Tensor]:
+    def _forward(self, views: tuple[Tensor, Tensor], step: int, part: int) -> tuple[Tensor, ...]:
         torch.manual_seed(derive(self.config.seed, "network", step, part, self.rank))
         placed = (to_device(view, self.config, self.device) for view in views)
         with autocast(self.config, self.device):

@@ -275,9 +275,7 @@ def resolve(config: Config, images: Images, by: Processes) -> Config:
         )
     if config.fused_projector and config.loss == "reference":
         raise ConfigError("--fused-projector is of --loss fused; got --loss reference")
-    if config.fused_projector and by.count > 1:
-        raise ConfigError(f"--fused-projector works on one process; there are {by.count}")
-    alone = by.count == 1 and config.loss == "fused"
+    may_fuse = config.loss == "fused"
     steps_per_epoch = count // config.batch_size
     steps = config.steps or config.epochs * steps_per_epoch
     return dataclasses.replace(
@@ -285,19 +283,21 @@ def resolve(config: Config, images: Images, by: Processes) -> Config:
         steps=steps,
         epochs=max(config.epochs, math.ceil(steps / steps_per_epoch)),
         image_size=config.image_size or images.size,
-        fused_projector=alone and crowded(config) if config.fused_projector is None else config.fused_projector,
+        fused_projector=may_fuse and crowded(config, by.count)
+        if config.fused_projector is None
+        else config.fused_projector,
         log_every=config.log_every or (1 if steps <= LOG_EVERY_STEP else 10),
     )
 
 
-def crowded(config: Config) -> bool:
-    """Whether the embeddings, their gradients and copies would take more than half of the memory."""
+def crowded(config: Config, processes: int = 1) -> bool:
+    """Whether a process's embeddings, their gradients and copies would take more than half of the memory."""
     number = 8 if config.precision == "fp64" else 4
     if config.device == "cuda":
         memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     else:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return EMBEDDINGS * config.batch_size * config.projector_widths[-1] * number > memory / 2
+    return EMBEDDINGS * config.batch_size // processes * config.projector_widths[-1] * number > memory / 2
 
 
 def start_run(config: Config, state: dict[str, Any] | None, by: Processes) -> Config:

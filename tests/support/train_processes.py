@@ -24,6 +24,9 @@ RUNS = {
     "accumulated": ["--projector", "64-32", "--accumulate", "2"],
     "official": [*SGD, "--lr-biases", "2e-3", "--gradient", "official"],
     "official reference": [*SGD, "--lr-biases", "2e-3", "--gradient", "official", "--loss", "reference"],
+    "last layer": ["--projector", "64-256", "--fused-projector"],
+    "last layer accumulated": ["--projector", "8-96", "--accumulate", "2", "--fused-projector"],
+    "last layer official": [*SGD, "--lr-biases", "2e-3", "--gradient", "official", "--fused-projector"],
     "own batch norm": ["--projector", "64-256", "--no-sync-batch-norm"],
 }
 

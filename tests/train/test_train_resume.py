@@ -427,14 +427,20 @@ def values(run):
     return torch.tensor([[entry[name] for name in ("loss", "on_diag", "off_diag", "lr")] for entry in entries])
 
 
-@pytest.mark.parametrize("name", ["fused", "reference", "accumulated", "official", "official reference"])
+ALIKE = ["fused", "reference", "accumulated", "official", "official reference"]
+ALIKE += ["last layer", "last layer accumulated", "last layer official"]
+
+
+@pytest.mark.parametrize("name", ALIKE)
 def test_two_processes_train_as_one(name, two_processes, tmp_path):
     """The same global batch, SyncBatchNorm, float64: every loss, and the weights and batch norms at the end.
 
-    The official gradient is half of it with two processes: there one process takes half the learning rate.
+    The official gradient is half of it with two processes: there one process takes half the learning rate. With the
+    last layer in the loss two processes train as one does without.
     """
-    halved = ["--lr-weights", "1e-3", "--lr-biases", "1e-3"] if name.startswith("official") else []
-    train_processes.train(tmp_path, name, *halved)
+    flags = ["--lr-weights", "1e-3", "--lr-biases", "1e-3"] if "official" in name else []
+    flags += ["--no-fused-projector"] if name.startswith("last layer") else []
+    train_processes.train(tmp_path, name, *flags)
     one, two = tmp_path / name, two_processes / name
     torch.testing.assert_close(values(two)[:, :3], values(one)[:, :3], rtol=1e-9, atol=0)
     state, expected = last(two)["model"], last(one)["model"]
