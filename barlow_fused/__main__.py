@@ -47,7 +47,10 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--device", help="cpu, cuda, cuda:<index>, or a GPU to plan for: h200, h100, a100, b200")
     plan.add_argument("--world-size", type=int, default=1, help="ranks that share the batch (default: 1)")
     plan.add_argument("--lambd", type=float, default=0.0051, help="the loss's λ (default: 0.0051, the official one)")
-    plan.add_argument("--route", default="auto", help="auto (default), gram or direct")
+    plan.add_argument(
+        "--hidden", type=int, metavar="H", help="units before the last layer: the loss with that layer in it"
+    )
+    plan.add_argument("--route", default="auto", help="auto (default), gram or direct; with --hidden also hidden")
     plan.add_argument("--backend", default="auto", help="auto (default), torch, triton, cuda or reference")
     net = plan.add_argument_group(
         "network", "with several ranks: an alpha-beta model (barlow_fused/planning/network.py)"
@@ -98,6 +101,7 @@ def _plan(arguments: argparse.Namespace) -> int:
             backend=arguments.backend,
             network=Network(**given),
             lambd=arguments.lambd,
+            hidden=arguments.hidden,
         )
     except (ValueError, RuntimeError) as error:
         print(f"barlow-fused plan: {error}", file=sys.stderr)

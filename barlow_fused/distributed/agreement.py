@@ -33,7 +33,7 @@ from ..arguments import (
     integer,
 )
 from ..choice import ROUTES, choose_backend, choose_route, fastest_over_ranks
-from ..linear.route import choose_linear_route
+from ..linear.route import choose_linear_route, hidden_rate
 from ..normalization import resolve_normalization
 from .collectives import gather
 from .part import Part, Rules
@@ -131,9 +131,10 @@ def _route(part: Part, inputs: Sequence[Tensor]) -> str:
     rules = part.rules
     if len(inputs) == 2:
         return choose_route(rules.route, part.n, part.d)
-    h = inputs[0].shape[1]
+    x = inputs[0]
+    h, rate = x.shape[1], hidden_rate(x.device.type, x.dtype)
     basis = sum(min(size, h) for size in part.sizes) if part.local else None
-    return choose_linear_route(rules.route, part.n, h, part.d, rules.backend, basis)
+    return choose_linear_route(rules.route, part.n, h, part.d, rules.backend, rate, basis)
 
 
 def _resolve(inputs: Sequence[Tensor], options: Options, group: dist.ProcessGroup, chunk_features: int | None) -> Rules:

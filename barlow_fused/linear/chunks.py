@@ -155,10 +155,10 @@ class Chunks:
         return self._ops.View(z, moments[view][:, :, s] if moments else None, self._normalization, self._segments)
 
     def _slices(self) -> Iterator[slice]:
-        n, d = len(self._h[0]), len(self._weight)
+        (n, h), d = self._h[0].shape, len(self._weight)
         size = torch.promote_types(self._weight.dtype, torch.float32).itemsize
         budget = CPU_CHUNK_BYTES if self._weight.device.type == "cpu" else CHUNK_BYTES
-        step = self._step or max(ALIGNMENT, budget // (2 * n * size) // ALIGNMENT * ALIGNMENT)
+        step = self._step or max(ALIGNMENT, budget // (2 * max(n, h) * size) // ALIGNMENT * ALIGNMENT)
         return (slice(start, min(start + step, d)) for start in range(0, max(d, 1), step))
 
 

@@ -14,7 +14,7 @@ from ..function import apply
 from ..loss import BarlowTwinsLoss, _process_group
 from ..normalization import Normalization, resolve_normalization
 from ..reference import BarlowTwinsTerms, reference_loss
-from .route import choose_linear_route
+from .route import choose_linear_route, hidden_rate
 
 if TYPE_CHECKING:
     from ..arguments import Group
@@ -55,7 +55,7 @@ def linear_barlow_twins_loss(
             ``"reference"`` makes z.
         route: ``"gram"`` or ``"direct"`` of :func:`barlow_twins_loss`; ``"hidden"``, which makes no embeddings at all
             (38 H^2 D FLOPs, two (H, H) matrices; PyTorch's operators alone); or ``"auto"``: hidden where that is ahead,
-            at H up to about N/2 (linear/route.py), if the backend may be PyTorch's operators.
+            at H up to about N/2 (N/10 in half precision on accelerators), if the backend may be PyTorch's operators.
         chunk_features: features of a slab of the Gram and the hidden route; None: what a CPU's caches hold, or on
             accelerators 128 MiB of embeddings.
         group, gradient, statistics, reduce_dtype: as in :func:`barlow_twins_loss`. h_a and h_b are this rank's samples,
@@ -95,7 +95,8 @@ def _loss(
     chunk = 0 if chunk_features is None else integer("chunk_features", chunk_features, 1)
     convention = resolve_normalization(options.normalization, options.eps)
     backend = choose_backend(options.backend)
-    route = choose_linear_route(options.route, len(h_a), h_a.shape[1], len(weight), backend)
+    rate = hidden_rate(h_a.device.type, h_a.dtype)
+    route = choose_linear_route(options.route, len(h_a), h_a.shape[1], len(weight), backend, rate)
     if backend == "reference":
         terms = reference_loss(h_a @ weight.T, h_b @ weight.T, lambd, scale, convention)
     else:

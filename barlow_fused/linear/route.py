@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..choice import ROUTES, choose_route
 
 HIDDEN_RATE = 0.75  # of the others' FLOPs a second: its products are smaller (docs/linear.md has measurements)
+FLOAT32_RATE = 0.085  # of half precision's on accelerators, 67 of 790 TFLOP/s on an H200: it multiplies in float32
 
 
-def choose_linear_route(route: str, n: int, h: int, d: int, backend: str, basis: int | None = None) -> str:
+def hidden_rate(device: str, dtype: torch.dtype) -> float:
+    """The hidden route's FLOPs a second, of the others', on a type of device."""
+    return HIDDEN_RATE * (FLOAT32_RATE if device != "cpu" and dtype.itemsize == 2 else 1.0)
+
+
+def choose_linear_route(
+    route: str, n: int, h: int, d: int, backend: str, rate: float = HIDDEN_RATE, basis: int | None = None
+) -> str:
     """The route for N samples of H hidden units and D features.
 
-    ``basis`` is R, the size of the hidden route's matrices, where it is not min(N, H).
+    ``rate`` is the hidden route's (``hidden_rate``), ``basis`` its R, the size of its matrices, if not min(N, H).
     """
     if route == "hidden":
         if backend not in ("auto", "torch"):
@@ -20,7 +30,7 @@ def choose_linear_route(route: str, n: int, h: int, d: int, backend: str, basis:
         raise ValueError(f"route must be 'gram', 'direct', 'hidden' or 'auto', got {route!r}")
     other = choose_route(route, n, d, backend)
     if choose_route(route) == "auto" and backend in ("auto", "torch"):
-        hidden = flops("hidden", n, h, d, basis) / HIDDEN_RATE
+        hidden = flops("hidden", n, h, d, basis) / rate
         return "hidden" if hidden <= flops(other, n, h, d) else other
     return other
 

@@ -126,9 +126,9 @@ def with_network(cost: Cost, p: Problem, collectives: list[Collective], network:
     """``cost`` with what its collectives cost."""
     times = [network.seconds(c.kind, c.size, p.world_size) for c in collectives]
     step = cost.floor + sum(times)
-    if any(c.kind == "all_to_all" for c in collectives):  # what can hide behind half of a pass, does
+    named = {c.what: t for c, t in zip(collectives, times, strict=True)}
+    if "view b" in named:  # what can hide behind half of a pass, does
         forward, backward = cost.floor / 6, cost.floor / 3
-        named = {c.what: t for c, t in zip(collectives, times, strict=True)}
         step -= min(named["view b"], forward) + min(named["K_a"], forward) + min(named["gradient a"], backward)
     sizes: dict[str, Any] = {
         f"{kind}_bytes": sum(c.size for c in collectives if c.kind == kind)

@@ -14,6 +14,8 @@ import torch
 from .. import width
 from ..arguments import DTYPES, integer
 from ..choice import choose_backend, choose_route, why_route
+from ..linear.route import choose_linear_route, hidden_rate
+from . import last_layer
 from .cost import COSTS, Cost, Problem, usual_cost
 from .devices import resolve_device
 from .network import Collective, Network, direct_collectives, gram_collectives, usual_collectives, with_network
@@ -43,6 +45,9 @@ class Plan:
         warning: one sentence if κ is above 0.5, else None.
         rates: bandwidth and matrix-product rate that the times are computed from, and where they come from.
         network: what connects the ranks; None without several.
+        hidden: H where the projector's last layer was asked about, else None. ``fused`` is then
+            ``linear_barlow_twins_loss``, and ``usual`` includes ``nn.Linear``.
+        separate: with ``hidden``, ``nn.Linear`` and this package's loss after it.
     """
 
     n: int
@@ -63,12 +68,14 @@ class Plan:
     warning: str | None
     rates: str
     network: Network | None = None
+    hidden: int | None = None
+    separate: Cost | None = None
 
     def __str__(self) -> str:
         ranks = f" (all ranks), {self.world_size} ranks" if self.world_size > 1 else ""
         lines = [
             "Barlow Twins loss, forward and backward" + (", predicted for each rank" if ranks else ""),
-            _wrap("inputs", f"N = {self.n}{ranks}, D = {self.d}, {_name(self.dtype)}"),
+            _wrap("inputs", f"N = {self.n}{ranks}, {self._last_layer()}D = {self.d}, {_name(self.dtype)}"),
             _wrap("device", self.device),
             _wrap("rates", self.rates),
             _wrap("backend", self.backend),
@@ -76,7 +83,7 @@ class Plan:
             _wrap("loss", width.describe(self.n, self.d, self.lambd)),
             *([_wrap("warning", self.warning)] if self.warning else []),
             "",
-            f"{'':{TITLE}}{'barlow_fused':>16}{'usual':>16}{'usual/fused':>14}",
+            f"{'':{TITLE}}{'barlow_fused':>16}{self._separate('layer and loss')}{'usual':>16}{'usual/fused':>14}",
         ]
         for title, field, unit in (
             ("FLOPs", "flops", "FLOP"),
@@ -93,18 +100,36 @@ class Plan:
             fused, usual = getattr(self.fused, field), getattr(self.usual, field)
             if fused or usual:
                 ratio = f"{_three_digits(usual / fused)}x" if fused and usual else "-"
-                lines.append(f"{title:{TITLE}}{_quantity(fused, unit):>16}{_quantity(usual, unit):>16}{ratio:>14}")
+                separate = self._separate(_quantity(getattr(self.separate, field), unit) if self.separate else "")
+                ours, theirs = _quantity(fused, unit), _quantity(usual, unit)
+                lines.append(f"{title:{TITLE}}{ours:>16}{separate}{theirs:>16}{ratio:>14}")
         floor = "bytes or FLOPs at the device's rates, the slower" + (", without network" if ranks else "")
         return "\n".join(
             [
                 *lines,
                 "",
-                _wrap("peak memory", "beyond inputs and gradients"),
+                *self._about_the_last_layer(),
+                _wrap("peak memory", f"beyond {'activations, weight' if self.hidden else 'inputs'} and gradients"),
                 _wrap("floor", f"{floor}; {_quantity(self.lower_bound, 's')} for any implementation of this route"),
                 *(self._about_the_kernels() if self.fused.kernels else ()),
                 *(self._about_the_network() if self.network else ()),
             ]
         )
+
+    def _last_layer(self) -> str:
+        return f"H = {self.hidden}, " if self.hidden else ""
+
+    def _separate(self, text: str) -> str:
+        return f"{text:>16}" if self.separate else ""
+
+    def _about_the_last_layer(self) -> list[str]:
+        if not self.separate:
+            return []
+        less = max(0, self.separate.peak_memory - self.fused.peak_memory)
+        saved = f"linear_barlow_twins_loss saves {_quantity(less, 'B')} of {_quantity(self.separate.peak_memory, 'B')}"
+        return [
+            _wrap("last layer", f"{saved}; layer and loss: nn.Linear, then barlow_twins_loss; usual: nn.Linear too")
+        ]
 
     def _about_the_kernels(self) -> list[str]:
         times = ", ".join(f"{name} {_quantity(seconds, 's')}" for name, seconds in self.fused.kernels)
@@ -144,6 +169,7 @@ def plan(
     backend: str = "auto",
     network: Network | None = None,
     lambd: float = 0.0051,
+    hidden: int | None = None,
 ) -> Plan:
     """What :func:`barlow_twins_loss` would do with inputs of shape (n, d), and what it would cost.
 
@@ -159,6 +185,8 @@ def plan(
         route, backend: as for :func:`barlow_twins_loss`.
         network: with several ranks, what connects them (``barlow_fused.planning.network.Network``, which has defaults).
         lambd: the loss's λ >= 0, of which the plan says what this N and D make of it; it costs nothing.
+        hidden: H, the units before the projector's last layer: plan :func:`linear_barlow_twins_loss`, whose route this
+            may be, beside that layer and the loss.
 
     Raises:
         TypeError, ValueError: an argument is not as above; the message names it.
@@ -172,18 +200,26 @@ def plan(
         raise (ValueError if isinstance(dtype, torch.dtype) else TypeError)(f"dtype must be {accepted}, got {dtype!r}")
     target = resolve_device(device)
     named = choose_backend(backend)  # "reference" knows one route only; which one "auto" is follows from the route
-    chosen = choose_route(route, n, d, named)
+    of_layer = None
+    if hidden is not None:
+        hidden = integer("hidden", hidden, 1)
+        if named == "reference":
+            raise ValueError("hidden is of linear_barlow_twins_loss: it cannot be planned with backend='reference'")
+        of_layer = choose_linear_route(route, n, hidden, d, named, hidden_rate(target.type, dtype))
+    chosen = choose_route("auto" if of_layer == "hidden" else route, n, d, named)
     capability = None if target.here else target.capability
     backend = choose_backend(backend, target.torch_device, dtype, capability, (n, d), chosen)
     problem = Problem(n, d, dtype, target, world_size, chosen)
-    fused, usual = COSTS[backend](problem), usual_cost(problem)
-    if world_size > 1:
-        network = network or Network()
-        gram = chosen == "gram"
-        fused = with_network(
-            fused, problem, gram_collectives(problem, backend) if gram else direct_collectives(problem), network
-        )
-        usual = with_network(usual, problem, usual_collectives(problem, dtype.itemsize), network)
+    network = (network or Network()) if world_size > 1 else None
+    fused, usual, separate = *_costs(problem, backend, network), None
+    why = why_route(route, n, d, backend)
+    if of_layer:
+        separate, usual = (last_layer.with_layer(cost, problem, hidden) for cost in (fused, usual))
+        backend = "torch" if of_layer == "hidden" else backend
+        fused = last_layer.linear_cost(problem, hidden, of_layer, backend, network)
+        if of_layer == "hidden":
+            asked = "asked for by the argument" if route == "hidden" else "fewest FLOPs"
+            why = f"{asked}; z does not exist, R = {min(n, hidden)} in place of N"
     floor = width.loss_floor(n, d, lambd)
     return Plan(
         n=n,
@@ -191,9 +227,9 @@ def plan(
         dtype=dtype,
         world_size=world_size,
         device=target.label,
-        route=chosen,
+        route=of_layer or chosen,
         backend=backend,
-        why=why_route(route, n, d, backend),
+        why=why,
         fused=fused,
         usual=usual,
         lower_bound=problem.lower_bound,
@@ -203,8 +239,21 @@ def plan(
         c_ii=floor.c_ii,
         warning=width.warning(n, d, lambd),
         rates=_rates(problem),
-        network=network if world_size > 1 else None,
+        network=network,
+        hidden=hidden,
+        separate=separate,
     )
+
+
+def _costs(problem: Problem, backend: str, network: Network | None) -> tuple[Cost, Cost]:
+    """Of this package's loss, and of the usual implementation's."""
+    fused, usual = COSTS[backend](problem), usual_cost(problem)
+    if network:
+        gram = problem.route == "gram"
+        collectives = gram_collectives(problem, backend) if gram else direct_collectives(problem)
+        fused = with_network(fused, problem, collectives, network)
+        usual = with_network(usual, problem, usual_collectives(problem, problem.dtype.itemsize), network)
+    return fused, usual
 
 
 def _rates(problem: Problem) -> str:
