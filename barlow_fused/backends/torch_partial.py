@@ -24,14 +24,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..normalization import Normalization
-from . import torch_whole
+from . import accelerator, torch_whole
 from .slabs import _compute_dtype, _cut, _matmul_t, _slabs
 from .torch_slabs import PANEL
 from .triton_kernels import configs
@@ -117,7 +117,7 @@ class View:
         self.shift = -residual * self.rstd
 
     def _per_segment(self, values: list[float]) -> Tensor:  # [S, 1]
-        return torch.tensor(values, dtype=self.dtype, device=self.z.device)[:, None]
+        return numbers(values, self.dtype, self.z.device)[:, None]
 
     def slab(self, columns: slice) -> Tensor:  # [N, columns]
         """Standardised features, in the dtype that everything is computed in."""
@@ -137,16 +137,15 @@ class View:
 
     @functools.cached_property
     def _segment_of_row(self) -> Tensor:  # [N]
-        sizes = torch.tensor(self.segments.sizes, device=self.z.device)
-        return torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes, output_size=len(self.z))
+        return _segment_of_row(self.segments.sizes, self.z.device)
 
     @functools.cached_property
     def kappa(self) -> Tensor:  # [S, D] or [S, 1]
         """The weight of the variance's part in the gradient (normalization.py), over w."""
         parts = zip(self.var, self.segments.counts, self.segments.weights, strict=True)
         kappas = [
-            torch.as_tensor(self.normalization.kappa(var, n) / w, dtype=self.dtype, device=var.device)
-            for var, n, w in parts
+            kappa / w if isinstance(kappa, Tensor) else var.new_full((1,), kappa / w)
+            for var, w, kappa in ((var, w, self.normalization.kappa(var, n)) for var, n, w in parts)
         ]
         return torch.stack(kappas).reshape(len(kappas), -1)
 
@@ -176,9 +175,11 @@ def partial_gram(view: View) -> tuple[Tensor, Tensor]:
     segment's diagonal block; zero without a normalisation.
     """
     n = len(view.z)
-    flat = view.z.new_zeros(sum(panel_sizes(n)), dtype=torch.float64 if n < FLOAT64_SAMPLES else view.dtype)
+    flat = view.z.new_zeros(sum(panel_sizes(n)), dtype=view.dtype)
+    wide = accelerator.widest(flat)
+    flat = flat.to(wide if n < FLOAT64_SAMPLES else view.dtype)
     diagonal = flat.new_zeros(n)
-    tau = flat.new_zeros(len(view.segments.sizes), dtype=torch.float64)
+    tau = flat.new_zeros(len(view.segments.sizes), dtype=wide)
     standardizes = view.normalization is not None
     for s in _columns(view.z):
         x_hat = view.slab(s)
@@ -187,7 +188,7 @@ def partial_gram(view: View) -> tuple[Tensor, Tensor]:
         if standardizes:
             power = _cut(view.power, s)
             diagonal += x_hat.square_().sub_(view.rows(power)).sum(1)
-            tau += power.sum(1, dtype=torch.float64)
+            tau += power.sum(1, dtype=wide)
     if standardizes:
         for start, stop, panel in panels(flat, n):
             panel.diagonal(start).copy_(diagonal[start:stop])
@@ -198,7 +199,7 @@ def without_bulk(flat: Tensor, view: KeptView) -> tuple[Tensor, Tensor]:
     """partial_gram's results, from K's panels: the bulk is w D of a segment with the weight w, its diagonal's mean."""
     n, d = view.z.shape
     bulk = [0.0 if view.normalization is None else weight * d for weight in view.segments.weights]
-    tau = torch.tensor(bulk, dtype=torch.float64, device=flat.device)
+    tau = numbers(bulk, accelerator.widest(flat), flat.device)
     if view.normalization is not None:
         of_rows = view.rows(tau[:, None].to(flat.dtype)).expand(n, 1)[:, 0]
         for start, stop, panel in panels(flat, n):
@@ -225,31 +226,43 @@ def join_gram(
     total_d: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """<K_a, K_b> in float64, and the backward pass's product, (2, N, N): (K - tau_s (I - 1 1^T / n_s)) / D."""
+    """<K_a, K_b> in the widest dtype, and the backward pass's product, (2, N, N): (K - tau_s (I - 1 1^T / n_s)) / D."""
     n = sum(sizes)
     product = flats[0].new_empty(2, n, n, dtype=dtype)
-    segment = torch.arange(len(sizes), device=product.device).repeat_interleave(
-        torch.tensor(sizes, device=product.device), output_size=n
-    )
-    means = (taus / torch.tensor(sizes, device=taus.device)).to(flats[0].dtype)[:, segment]  # (2, N)
-    inner = 0.0
+    segment = _segment_of_row(sizes, product.device)
+    means = (taus / numbers(sizes, taus.dtype, taus.device)).to(flats[0].dtype)[:, segment]  # (2, N)
+    inner, wide = 0.0, accelerator.widest(flats[0])
     for start, k_a, k_b in _pairs(flats, n):
         stop = start + len(k_a)
-        inner = inner + 2 * (k_a[:, :start] * k_b[:, :start]).sum(dtype=torch.float64)
-        inner = inner + (k_a[:, start:] * k_b[:, start:]).sum(dtype=torch.float64)
+        inner = inner + 2 * (k_a[:, :start] * k_b[:, :start]).sum(dtype=wide)
+        inner = inner + (k_a[:, start:] * k_b[:, start:]).sum(dtype=wide)
         own = segment[start:stop, None] == segment[:stop]
         for k, panel, mean in zip(product, (k_a, k_b), means, strict=True):
             rest = (panel + own * mean[start:stop, None]).div_(total_d)  # and only then rounded
             k[start:stop, :stop] = rest
             k[:start, start:stop] = rest[:, :start].T
     start = 0
-    diagonals = torch.cat([torch.stack([k.diagonal(s) for k in ks]) for s, *ks in _pairs(flats, n)], 1).double()
+    diagonals = torch.cat([torch.stack([k.diagonal(s) for k in ks]) for s, *ks in _pairs(flats, n)], 1).to(wide)
     for segment, size in enumerate(sizes):
         rows = slice(start, start + size)
         tau = taus[:, segment]
         inner = inner + torch.dot(diagonals[:, rows].sum(1), tau.flip(0)) + size * tau.prod()
         start += size
     return inner, product
+
+
+def numbers(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of them. Where they are all the same nothing is copied from the host, which would wait for it."""
+    if len(set(values)) == 1:
+        return torch.full((len(values),), values[0], dtype=dtype, device=device)
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+def _segment_of_row(sizes: tuple[int, ...], device: torch.device) -> Tensor:  # [N]
+    if len(sizes) == 1:
+        return torch.zeros(sizes[0], dtype=torch.int64, device=device)
+    segments = torch.arange(len(sizes), device=device)
+    return segments.repeat_interleave(numbers(sizes, torch.int64, device), output_size=sum(sizes))
 
 
 def _pairs(flats: tuple[Tensor, Tensor], n: int) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -84,7 +84,7 @@ class Passes:
         c = h_a.new_empty(d, dtype=torch.promote_types(h_a.dtype, torch.float32))
         moments = [] if normalization is None else [c.new_empty(3, 1, d) for _ in range(2)]
         product = c.new_empty(2, n, n, dtype=self._product_dtype(h_a, d, normalization))
-        return [c, product, c.new_empty(2, 1, dtype=torch.float64), *moments]
+        return [c, product, c.new_empty(2, 1, dtype=accelerator.widest(c)), *moments]
 
     def _of_whole(self, h: Tensor) -> object:
         return passes_of(backends.load(self._backend, h.device))

@@ -11,7 +11,7 @@ from cases import NORMALIZATIONS, error, inductor
 
 import barlow_fused
 from barlow_fused import LinearBarlowTwinsLoss, barlow_twins_loss, linear_barlow_twins_loss
-from barlow_fused.backends import torch_partial, torch_whole
+from barlow_fused.backends import accelerator, torch_partial, torch_whole
 from barlow_fused.linear import chunks, hidden
 from barlow_fused.linear import passes as passes_module
 from barlow_fused.linear.route import choose_linear_route
@@ -382,6 +382,48 @@ def test_embeddings_never_exist():
         peaks[name] = trace.peak - sum(g.nbytes for g in grads)
     assert peaks["gram"] < 4 * peaks["separate"] / 20
     assert peaks["hidden"] < 4 * peaks["separate"] / 20
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_device_without_float64(route, monkeypatch):
+    """Nothing makes a number in float64 there, and the result is as exact as float32 lets it be."""
+    from tracing import Trace
+
+    monkeypatch.setattr(accelerator, "_has_float64", lambda device_type: False)
+    monkeypatch.setattr(torch_partial, "for_caches", lambda device: False)
+    real = passes_module.passes
+    monkeypatch.setattr(
+        passes_module,
+        "passes",
+        lambda spec, device: chunks.Passes(spec.backend) if spec.route != "hidden" else real(spec, device),
+    )
+    inputs = tensors(300, 20, 100) if route == "direct" else tensors(64, 16, 200)
+    check(inputs, tolerance=(5e-6, 1e-5), route=route, backend="torch")
+    if route == "direct":
+        return  # torch_whole's, tested there
+    seen = set()
+
+    class Dtypes(Trace):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = super().__torch_dispatch__(func, types, args, kwargs)
+            seen.update(x.dtype for x in torch.utils._pytree.tree_leaves(result) if isinstance(x, torch.Tensor))
+            return result
+
+    with Dtypes():
+        got(*inputs, route=route, backend="torch")
+    assert torch.float64 not in seen
+
+
+@pytest.mark.parametrize("route", ["gram", "hidden"])
+def test_no_number_is_copied_from_the_host(route, monkeypatch):
+    """A copy would wait for an accelerator, and cannot be captured in a graph."""
+    made = []
+    for name in ("tensor", "as_tensor"):
+        real = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, real=real, **k: (made.append(a), real(*a, **k))[1])
+    inputs = [torch.empty(s, device="meta", requires_grad=True) for s in ((256, 96), (256, 96), (8192, 96))]
+    torch.autograd.grad(linear_barlow_twins_loss(*inputs, route=route), inputs)
+    assert not made
 
 
 @pytest.mark.parametrize(("route", "most"), [("gram", 260), ("hidden", 200)])
