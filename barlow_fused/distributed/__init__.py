@@ -27,6 +27,8 @@ b's is computed. Half-precision inputs and gradients travel as they are. K and C
 ``reduce_dtype`` says otherwise (by itself K is summed in float64 for float64 inputs, and by the torch backend below 128
 samples, where it is small).
 
+**The last layer** may be part of the loss (linear/): linear_gram.py, linear_direct.py and linear_hidden.py say how.
+
 Local work is done by a backend's operations on a part of a batch (backends/torch_partial.py says which these are).
 
 **The header** is agreement.py: ranks that disagree, or of which one was given something invalid, all raise before
