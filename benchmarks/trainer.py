@@ -6,7 +6,8 @@ The digits preset's step (views, network, loss, backward, AdamW; N = 128, projec
 not fit is predicted instead of run: the loss's peak (``barlow_fused.plan``), weights, gradients and AdamW's moments,
 and the rest of the process.
 
-It writes ``benchmarks/results/trainer-<device>.json``; ``--json FILE`` prints a recorded one, ``--picture FILE`` draws it.
+It writes ``benchmarks/results/trainer-<device>.json``; ``--json FILE`` prints a recorded one, and
+``--picture FILE`` draws it.
 ``python -m benchmarks readme`` makes the README's picture and docs/training.md's table of it.
 """
 
