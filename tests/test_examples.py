@@ -41,8 +41,10 @@ def test_lightly_script(capsys):
 
 
 @pytest.mark.filterwarnings("ignore")  # Lightning's own
-def test_lightning_module():
+def test_lightning_module(monkeypatch):
     pytest.importorskip("lightning")
+    # stable-pretraining, whose loss alone is installed for the tests, wants to add callbacks to every trainer
+    monkeypatch.setattr("lightning.fabric.utilities.registry.entry_points", lambda **_: ())
     module = importlib.import_module("lightning_module").main(
         steps=2, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False
     )
