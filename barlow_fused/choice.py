@@ -76,7 +76,7 @@ def choose_route(route: str, n: int | None = None, d: int | None = None, backend
     """The route for N samples of D features (None: only check the argument).
 
     Gram where N <= D/2: there it needs half the FLOPs of the direct route or fewer, and its difference of sums
-    amplifies rounding by at most about 2 (docs: the README's section on precision).
+    amplifies rounding by at most about 2 (docs/how.md, Precision).
     """
     argument, route = route, _resolve("route", route, ROUTES)
     if n is None or d is None:

@@ -13,3 +13,4 @@ export PATH="$environment/bin:/usr/bin:/bin"
 unset CUDACXX CUDA_HOME PYTHONPATH
 python "$tests/try_installed.py"
 barlow-fused doctor
+rm -rf "$environment"  # gigabytes, most of it PyTorch
