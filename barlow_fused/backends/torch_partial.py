@@ -76,7 +76,7 @@ def for_caches(device: torch.device) -> bool:
 
 def _columns(z: Tensor) -> Iterator[slice]:
     """The slabs of features."""
-    n, d = z.shape
+    n, d = max(1, len(z)), z.shape[1]
     return _slabs(d, n) if for_caches(z.device) else torch_whole._chunks(n, d, _compute_dtype(z), arrays=2)
 
 
