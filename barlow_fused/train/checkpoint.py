@@ -2,9 +2,9 @@
 
 A checkpoint holds plain types and tensors, and is read with ``weights_only=True``: loading one runs no code.
 
-**Shards.** Of a tensor whose rows are shared over processes (shards.py) each process writes its own, into a file of its
-own; only when all of these are on the disk is the checkpoint itself written, which names them. Until then the one before
-is the last. Whoever reads it takes the rows that it wants (``Rows``), so the number of processes may change.
+**Shards.** Of a tensor whose rows are shared over processes (shards.py) each process writes its own, into a file of
+its own; only when all of these are on the disk is the checkpoint itself written, which names them. Until then the one
+before is the last. Whoever reads it takes the rows that it wants (``Rows``), so the number of processes may change.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """``--shard-projector``: the rows of the projector's last layer over all processes, as a DTensor.
 
-A process has D / P of the weight's rows, their gradient and their optimiser state. What comes before that layer is data
-parallel: its outputs, the hidden activations of all processes' images, are gathered, and their gradients go back to where
-they came from (barlow_fused/distributed/sharded.py). So DistributedDataParallel is given a network without the layer.
+A process has D / P of the weight's rows, their gradient and their optimiser state. What comes before that layer is
+data parallel: its outputs, the hidden activations of all processes' images, are gathered, and their gradients go back
+to where they came from (barlow_fused/distributed/sharded.py). So DistributedDataParallel is given a network without it.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Trunk(nn.Module):
 class ShardedLoss:
     """The last layer and the loss of all processes' samples; the layer's embeddings are made if they are not fused."""
 
-    def __init__(self, network: BarlowTwins, config: Config) -> None:
-        self.last, self.config = network.projector[-1], config
+    def __init__(self, network: BarlowTwins, config: Config, autocast: torch.dtype | None) -> None:
+        self.last, self.config, self.autocast = network.projector[-1], config, autocast
 
     def __call__(self, h_a: Tensor, h_b: Tensor) -> BarlowTwinsTerms:  # 2 x [n, H]
         """The terms. DistributedDataParallel averages what the layers before get, as it does without shards."""
@@ -49,16 +49,13 @@ class ShardedLoss:
             h_a, h_b = (_ScaledGradient.apply(h, float(ranks)) for h in (h_a, h_b))
         else:
             weight = _ScaledGradient.apply(weight, 1 / ranks)
-        with torch.autocast(h_a.device.type, enabled=False):
-            views = [DTensor.from_local(h, mesh, [Shard(0)], run_check=False) for h in (h_a, h_b)]
+        views = [DTensor.from_local(h, mesh, [Shard(0)], run_check=False) for h in (h_a, h_b)]
+        if self.autocast:
+            views, weight = [view.to(self.autocast) for view in views], weight.to(self.autocast)
         arguments = {"lambd": self.config.lambd, "return_terms": True}
         if self.config.fused_projector:
             return linear_barlow_twins_loss(*views, weight, **arguments)
-        if torch.is_autocast_enabled(h_a.device.type):
-            dtype = torch.get_autocast_dtype(h_a.device.type)
-            views, weight = [view.to(dtype) for view in views], weight.to(dtype)
-        with torch.autocast(h_a.device.type, enabled=False):
-            z = [nn.functional.linear(view.redistribute(placements=[Replicate()]), weight) for view in views]
+        z = [nn.functional.linear(view.redistribute(placements=[Replicate()]), weight) for view in views]
         return barlow_twins_loss(*z, **arguments)
 
 

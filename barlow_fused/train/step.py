@@ -68,7 +68,7 @@ class LastLayerLoss:
 def criterion(config: Config, processes: Processes, network: BarlowTwins) -> Callable[..., Any]:
     """The loss over the samples of all processes, of what the network gives; returns (loss, on_diag, off_diag)."""
     if shards.is_sharded(network):
-        return shards.ShardedLoss(network, config)
+        return shards.ShardedLoss(network, config, AUTOCAST.get(config.precision))
     several = {"group": "world", "gradient": config.gradient} if processes.count > 1 else {}
     if config.fused_projector:
         network.embeds = False
@@ -123,7 +123,7 @@ class Stepper(NamedTuple):
         self.optimizer.zero_grad(set_to_none=True)
 
     def _unscale(self) -> None:
-        """GradScaler takes shards or whole tensors, not both at once, and every process must leave out the same steps."""
+        """GradScaler takes shards or whole tensors, not both; and every process must leave out the same steps."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         sharded = [(p, p.grad) for p in parameters if isinstance(p, DTensor)]
         if not sharded:

@@ -56,10 +56,7 @@ def assert_equal_to_oracle(n, d, dtype, tolerance, where, placements, route, con
     want, size = global_oracle(z_a, z_b, [n], convention, **WEIGHTS)
     a, b = (distribute_tensor(z, where, placements).requires_grad_() for z in (z_a, z_b))
     arguments = {**WEIGHTS, "normalization": convention or "none", "route": route, "return_terms": True}
-    if options:
-        terms = barlow_twins_loss(a, b, **arguments, **options)
-    else:
-        terms = BarlowTwinsLoss(**arguments)(a, b)
+    terms = barlow_twins_loss(a, b, **arguments, **options) if options else BarlowTwinsLoss(**arguments)(a, b)
     grads = torch.autograd.grad(terms.loss, (a, b))
     what = f"N={n} D={d} {dtype} {placements} {route} {convention}"
     for name, got, ref in zip(terms._fields, terms, want, strict=False):
