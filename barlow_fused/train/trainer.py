@@ -203,6 +203,8 @@ def fit(
     if config.out != config.resume:  # where that state is already
         keep(first)
     network.train()
+    own_batch = config.batch_size // by.count // config.accumulate
+    stepper.rehearse((torch.zeros(own_batch, images.channels, config.image_size, config.image_size),) * 2)
     views = batches(
         parts,
         config.workers,
