@@ -78,9 +78,9 @@ def shard(network: BarlowTwins, device: torch.device, count: int) -> None:
     last.weight = nn.Parameter(_cut(last.weight.detach(), init_device_mesh(device.type, (count,))))
 
 
-def is_sharded(network: BarlowTwins) -> bool:
+def is_sharded(network: nn.Module) -> bool:
     """Whether ``shard`` was called."""
-    return isinstance(network.projector[-1].weight, DTensor)
+    return any(isinstance(parameter, DTensor) for parameter in network.parameters())
 
 
 def local(x: Tensor) -> Tensor:

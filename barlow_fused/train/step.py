@@ -115,7 +115,7 @@ class Stepper(NamedTuple):
         return terms
 
     def rehearse(self, views: tuple[Tensor, Tensor]) -> None:
-        """A step that counts for nothing: by its first step DistributedDataParallel arranges what it sends in the others.
+        """A step that counts for nothing: by its first one DistributedDataParallel arranges what it sends in others.
 
         Another arrangement is another order of sums. So a run that is resumed has the bits of one that was not.
         """

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
@@ -33,12 +34,18 @@ def training_only(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def several(tmp_path_factory):
-    """The runs of 2, 4 and 3 processes."""
-    folder = tmp_path_factory.mktemp("several")
-    command = [sys.executable, shard_processes.__file__, str(folder)]
-    done = subprocess.run(command, env=environment(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-5000:]
+def several(tmp_path_factory, testrun_uid):
+    """The runs of 2, 4 and 3 processes; made once for all of pytest's workers."""
+    folder = tmp_path_factory.getbasetemp().parent / f"shards-{testrun_uid}"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            command = [sys.executable, shard_processes.__file__, str(folder)]
+            variables = environment(OMP_NUM_THREADS="1")
+            done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=600)
+            (folder / "failed.txt").write_text(done.stderr[-5000:] if done.returncode else "")
+    failed = (folder / "failed.txt").read_text()
+    assert not failed, failed
     return folder
 
 
