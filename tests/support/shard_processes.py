@@ -47,8 +47,10 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def needs(count: int, width: int = 32768, hidden: int = 256, n: int = 64) -> int:
+def needs(count: int, width: int = 131072, hidden: int = 512, n: int = 64) -> int:
     """Bytes of a process at its peak in steps of a wide last layer: weight, gradient, momentum and embeddings."""
+    if width > 64:
+        needs(count, 64)  # what is loaded once is not counted
     flags = {"projector": f"{hidden}-{width}", "batch_size": n, "device": "cpu", "fused_projector": False}
     settings = config.combine({**flags, "optimizer": "lars"})
     by = processes.Processes(dist.get_rank() if count > 1 else 0, 0, count)
