@@ -1,5 +1,6 @@
-# make train    pretrain on real images, here, now           make lint     ruff, clang-format and gersemi
+# make train    pretrain on real images, here, now           make lint     formatters, linters, and the docs' links
 # make test     the test suite, in minutes                   make bench    the microbenchmark
+# make docs     the site, into build/site                    make wheel    a wheel with the CUDA kernels, into dist
 #
 # make test-kernels   the kernels in depth: in the emulation and Triton's interpreter, under sanitizers, searched for
 #                     races, with faults planted, compiled for GPUs that are not here
@@ -8,6 +9,7 @@
 #
 # Each sets up .venv the first time (about 5 GB: PyTorch's ordinary build) and re-uses it afterwards.
 # PYTHON=python3.12 make test     takes another interpreter.
+# TORCH=2.9 make test             takes another PyTorch than the newest.
 
 PYTHON ?= python3
 VENV := .venv
@@ -19,7 +21,8 @@ EXTENSION := $(VENV)/.extension
 # Idle OpenMP threads sleep instead of spinning: beside another busy program, spinning costs several times the speed.
 test test-kernels test-fuzz: export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: train test test-kernels test-fuzz test-all lint format bench compute-sanitizer verify-gpu clean
+.PHONY: train test test-kernels test-fuzz test-all lint format bench docs wheel install-twice compute-sanitizer \
+	verify-gpu clean
 
 train: $(READY)
 	$(RUN) -m barlow_fused train $(ARGS)
@@ -55,9 +58,35 @@ compute-sanitizer: $(EXTENSION)
 verify-gpu: $(READY)
 	$(RUN) -m benchmarks verify $(ARGS)
 
-lint: $(READY)
+# Every link of a page is checked, and whatever zensical warns of is an error. EXTERNAL_LINKS=1 make docs follows the
+# links to other sites, too.
+docs: $(READY)
+	$(VENV)/bin/zensical build --clean --strict
+	$(VENV)/bin/linkchecker --no-status $(if $(EXTERNAL_LINKS),--check-extern) build/site/index.html
+
+# From the source distribution, as who has nothing else would build it; then tried in an environment that has no nvcc.
+# Where there is no nvcc to build it with, one is installed into .venv.
+wheel: $(READY)
+	$(RUN) barlow_fused/nvcc.py || $(RUN) -m pip install --disable-pip-version-check 'cuda-toolkit[nvcc]'
+	rm -rf build/wheel dist
+	BARLOW_FUSED_CUDA=1 CUDACXX=$$($(RUN) barlow_fused/nvcc.py) $(RUN) -m build --outdir build/wheel
+	PATH=$(VENV)/bin:$$PATH $(RUN) -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' --exclude 'libcuda*' \
+		--wheel-dir dist build/wheel/*.whl
+	cp build/wheel/*.tar.gz dist
+	ls -lh dist
+	PYTHON=$(PYTHON) tests/support/try_wheel.sh dist/*.whl
+
+# pip install . twice, with the kernels and without, in an environment of its own.
+install-twice: $(READY)
+	$(RUN) -m pytest tests/test_build.py -k twice
+
+lint: $(READY) docs
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(VENV)/bin/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 	git ls-files 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cpp' | xargs --no-run-if-empty $(VENV)/bin/clang-format --dry-run --Werror
 	$(VENV)/bin/gersemi --check CMakeLists.txt
 
@@ -73,7 +102,7 @@ $(READY): pyproject.toml Makefile
 		{ echo "Python 3.10 or newer is needed, $(PYTHON) is older: make $(MAKECMDGOALS) PYTHON=/path/to/python3"; exit 1; }
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 		echo "Python's venv module does not work here; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
-	BARLOW_FUSED_CUDA=0 $(RUN) -m pip install --disable-pip-version-check -e '.[test,dev]'
+	BARLOW_FUSED_CUDA=0 $(RUN) -m pip install --disable-pip-version-check -e '.[test,dev]' $(if $(TORCH),'torch==$(TORCH).*')
 	@# These pin an old PyTorch or a large stack that their losses do not need: the files alone are enough to compare.
 	$(RUN) -m pip install --disable-pip-version-check --no-deps solo-learn==1.0.2 stable-pretraining==0.1.8
 	@touch $@

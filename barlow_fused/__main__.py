@@ -1,6 +1,6 @@
 """The command line: ``python -m barlow_fused plan | doctor | verify | train | evaluate``.
 
-Also installed as ``barlow-fused``.
+Also installed as ``barlow-fused``. Nothing here imports PyTorch before a command needs it.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .version import __version__
 
@@ -23,6 +24,9 @@ VERIFY = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code (argparse exits by itself for ``--help`` and for wrong flags)."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv:
+        _parser().print_help()
+        return 0
     if argv[:1] in (["train"], ["evaluate"]):  # the trainer has its own flags, and its own --help
         return _train(argv[0], argv[1:])
     arguments = _parser().parse_args(argv)
@@ -31,9 +35,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="barlow-fused", description="The exact Barlow Twins loss for very wide projectors."
+        prog="barlow-fused",
+        description="The exact Barlow Twins loss for very wide projectors.",
+        epilog="barlow-fused COMMAND --help says more of a command. Errors go to stderr; exit code 2.",
     )
     parser.add_argument("--version", action="version", version=f"barlow-fused {__version__}")
+    parser.add_argument(
+        "--print-completion",
+        action=_PrintCompletion,
+        choices=("bash", "zsh", "tcsh"),
+        help="print a script that completes this command in a shell",
+    )
     commands = parser.add_subparsers(required=True, metavar="command")
 
     plan = commands.add_parser(
@@ -88,6 +100,18 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("train", help="pretrain on images", add_help=False)
     commands.add_parser("evaluate", help="the linear probe of a run", add_help=False)
     return parser
+
+
+class _PrintCompletion(argparse.Action):
+    """Prints what a shell needs to complete the command line, and ends the process."""
+
+    def __call__(self, parser: argparse.ArgumentParser, _: Any, shell: Any, option_string: str | None = None) -> None:
+        try:
+            import shtab
+        except ModuleNotFoundError:
+            parser.error(f"{option_string} needs shtab: pip install 'barlow-fused[completion]'")
+        print(shtab.complete(parser, shell))
+        parser.exit()
 
 
 def _plan(arguments: argparse.Namespace) -> int:
@@ -174,7 +198,7 @@ def _train(command: str, argv: list[str]) -> int:
             "pip install 'barlow-fused[train]'",
             file=sys.stderr,
         )
-        return 1
+        return 2
     return main(argv) or 0
 
 

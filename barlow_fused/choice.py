@@ -29,14 +29,17 @@ _entered: set[int] = set()  # those whose block has not ended
 
 
 class configure:  # noqa: N801 - used like torch.set_grad_enabled: a call that sets, or a context manager
-    """Set what ``route="auto"`` and ``backend="auto"`` mean in this process; as a context manager, for its block.
+    """Set what ``route="auto"`` and ``backend="auto"`` mean, in this process or in a block.
 
     >>> configure(backend="torch")              # from now on
     >>> with configure(route="direct"): ...     # in this block
 
     Args:
-        route: ``"gram"``, ``"direct"`` or ``"auto"`` (the default rule); None leaves it as it is.
-        backend: ``"torch"``, ``"triton"``, ``"cuda"``, ``"reference"`` or ``"auto"``; None leaves it as it is.
+        route: ``"gram"``, ``"direct"`` or ``"auto"`` (the default rule). None leaves it as it is.
+        backend: ``"torch"``, ``"triton"``, ``"cuda"``, ``"reference"`` or ``"auto"``. None leaves it as it is.
+
+    Raises:
+        ValueError: Not one of these names.
     """
 
     def __init__(self, route: str | None = None, backend: str | None = None) -> None:
@@ -73,7 +76,7 @@ def choose_route(route: str, n: int | None = None, d: int | None = None, backend
     """The route for N samples of D features (None: only check the argument).
 
     Gram where N <= D/2: there it needs half the FLOPs of the direct route or fewer, and its difference of sums
-    amplifies rounding by at most about 2 (docs: the README's section on precision).
+    amplifies rounding by at most about 2 (docs/how.md, Precision).
     """
     argument, route = route, _resolve("route", route, ROUTES)
     if n is None or d is None:

@@ -36,51 +36,53 @@ def barlow_twins_loss(
     statistics: str = "global",
     reduce_dtype: torch.dtype | None = None,
 ) -> Tensor | BarlowTwinsTerms:
-    """The Barlow Twins loss (Zbontar et al. 2021, arXiv 2103.03230, Algorithm 1), exact, without the (D, D) matrix.
+    """The exact Barlow Twins loss, without the (D, D) matrix.
 
         C = standardize(z_a)^T standardize(z_b) / N
         loss = scale * ( sum_i (C_ii - 1)^2  +  lambd * sum_{i != j} C_ij^2 )
 
-    Args:
-        z_a, z_b: the projector outputs of two views of N samples, (N, D) with N >= 2; float32, float64, bfloat16 or
-            float16, of one dtype and on one device; any strides.
-        lambd: weight of the off-diagonal (redundancy reduction) sum; :func:`suggest_lambda` fits it to N and D.
-        scale: factor on the whole loss.
-        normalization: how features are standardised over the N samples: ``"batch_norm"`` (biased variance, eps 1e-5
-            inside the root), ``"std"`` (unbiased deviation, eps 1e-6 added to it), ``"none"`` (the inputs are used as
-            they are), or a :class:`Normalization`.
-        eps: replaces the convention's eps.
-        route: ``"gram"`` (6 N^2 D FLOPs, two (N, N) matrices), ``"direct"`` (6 N D^2 FLOPs, one (D, D) matrix) or
-            ``"auto"`` (Gram where N <= D/2). Both give the same number; Gram loses precision as N nears or passes D.
-        backend: ``"torch"``, ``"triton"``, ``"cuda"``, ``"reference"`` (plain PyTorch and autograd) or ``"auto"``.
-        return_terms: also return the two sums.
-        group: the processes whose samples make up the batch: a ``torch.distributed`` process group, a one-dimensional
-            ``DeviceMesh``, or ``"world"`` for all processes. z_a and z_b are then this rank's samples, (n_r, D) with
-            n_r >= 1, as many as it has; N counts those of all ranks, and every rank gets the loss L of the whole batch.
-            Every rank must call, and call backward. None: this process's samples alone, whatever groups there are.
-        gradient: with a group, which gradient a rank gets; there is no default. DistributedDataParallel and FSDP
-            average the ranks' parameter gradients over the P ranks, and that average becomes
+    Source: Zbontar et al. 2021, arXiv 2103.03230, Algorithm 1.
 
-            * ``"official"``: **1/P of** L's gradient. A rank gets dL/dz of its own samples, exactly, as in the paper's
-              code (an all-reduce that autograd does not see) and solo-learn.
-            * ``"lightly"``: L's gradient, as on one process. A rank gets **P times** dL/dz of its own samples, as in
-              lightly with ``gather_distributed=True`` and stable-pretraining (an all-reduce that autograd sees, which
-              differentiates the sum of the P ranks' losses).
-        statistics: with a group, which samples a feature is standardised over: ``"global"``, those of all ranks (the
-            paper's code, through SyncBatchNorm: the loss of one process with the whole batch), or ``"local"``, each
-            rank's own (lightly, solo-learn, stable-pretraining), where C is the mean of the ranks' C and n_r >= 2. With
-            normalization ``"none"`` there are no statistics, and both are the product over all samples, divided by N.
+    Args:
+        z_a: Projector outputs of the first view, (N, D) with N >= 2. float32, float64, bfloat16 or float16; any
+            strides.
+        z_b: Projector outputs of the second view. Same shape, dtype and device as ``z_a``.
+        lambd: Weight of the off-diagonal (redundancy reduction) sum. ``suggest_lambda`` fits it to N and D.
+        scale: Factor on the whole loss.
+        normalization: How to standardise each feature over the N samples. ``"batch_norm"``: biased variance, eps = 1e-5
+            inside the root. ``"std"``: unbiased deviation, eps = 1e-6 added to it. ``"none"``: use the inputs as they
+            are. Or a ``Normalization``.
+        eps: Replaces the convention's eps.
+        route: ``"gram"``: 6 N^2 D FLOPs, two (N, N) matrices. ``"direct"``: 6 N D^2 FLOPs, one (D, D) matrix.
+            ``"auto"``: Gram where N <= D/2. Both give the same number. Gram loses precision as N nears or passes D.
+        backend: ``"torch"``, ``"triton"``, ``"cuda"``, ``"reference"`` (plain PyTorch and autograd) or ``"auto"``.
+        return_terms: Also return the two sums.
+        group: The processes whose samples form the batch: a ``torch.distributed`` process group, a one-dimensional
+            ``DeviceMesh``, or ``"world"`` for all processes. ``z_a`` and ``z_b`` are then this rank's samples, (n_r, D)
+            with n_r >= 1; ranks may differ in n_r. N counts the samples of all ranks, and every rank gets the loss L of
+            the whole batch. Every rank must call, and call backward. None: this process's samples alone.
+        gradient: Required with a group: which gradient a rank gets. ``"official"``: dL/dz of its own samples, as in the
+            paper's code and solo-learn. DDP and FSDP average over the P ranks, which leaves **1/P of** L's gradient.
+            ``"lightly"``: **P times** that, as in lightly with ``gather_distributed=True`` and stable-pretraining. The
+            average is then L's gradient, as on one process.
+        statistics: With a group: which samples a feature is standardised over. ``"global"``: those of all ranks, as in
+            the paper's code through SyncBatchNorm. ``"local"``: each rank's own, with n_r >= 2, as in lightly,
+            solo-learn and stable-pretraining; C is then the mean of the ranks' C. With ``normalization="none"`` both
+            are the same.
+        reduce_dtype: With a group: the dtype in which K or C travels to be summed: ``torch.float32``, ``torch.float64``
+            or ``torch.bfloat16``. None: the one that it is computed in.
 
     Returns:
-        The loss, a scalar in float32 (float64 for float64 inputs); with ``return_terms`` a named tuple
-        ``(loss, on_diag, off_diag)`` of scalars, each differentiable. on_diag and off_diag carry neither ``lambd`` nor
-        ``scale``. NaN and Inf in the inputs reach the loss; a feature whose variance float32 cannot hold (values
-        of about 1e18 and more) makes it NaN.
+        The loss, a scalar in float32 (float64 for float64 inputs). With ``return_terms`` a named tuple ``(loss,
+            on_diag, off_diag)`` of scalars, each differentiable; ``on_diag`` and ``off_diag`` carry neither ``lambd``
+            nor ``scale``. NaN and Inf in the inputs reach the loss. A feature whose variance float32 cannot hold
+            (values of about 1e18 and more) makes it NaN.
 
     Raises:
-        TypeError, ValueError: an argument is not as above; the message names it.
-        RuntimeError: the backend asked for cannot run here, or a second derivative was asked for; with a group, another
-            rank's arguments were invalid, or a rank was lost (torch.distributed's own error).
+        TypeError: An argument has the wrong type. The message names it.
+        ValueError: An argument has a value that is not accepted. The message names it.
+        RuntimeError: The backend cannot run here; a second derivative was asked for; with a group, another rank's
+            arguments were invalid, or a rank was lost (torch.distributed's own error).
     """
     options = Options(
         lambd, scale, normalization, eps, route, backend, return_terms, group, gradient, statistics, reduce_dtype
@@ -115,12 +117,13 @@ def _loss(z_a: Tensor, z_b: Tensor, options: Options) -> Tensor | BarlowTwinsTer
 
 @dataclasses.dataclass(eq=False, repr=False)
 class BarlowTwinsLoss(nn.Module, Options):
-    """:func:`barlow_twins_loss` as a module, without parameters or buffers.
+    """``barlow_twins_loss`` as a module. It has no parameters and no buffers.
 
     >>> barlow = BarlowTwinsLoss(lambd=0.0051)
     >>> loss = barlow(z_a, z_b)
 
-    Args: those of :func:`barlow_twins_loss` after ``z_a`` and ``z_b``. Each is an attribute, and may be changed.
+    The arguments are those of ``barlow_twins_loss`` after ``z_a`` and ``z_b``. Each is an attribute that you may
+    change.
     """
 
     def __post_init__(self) -> None:
@@ -159,8 +162,20 @@ def cross_correlation(
 ) -> Tensor:  # [D, D]
     """The cross-correlation matrix C = standardize(z_a)^T standardize(z_b) / N, for inspection.
 
-    The loss never forms it: this takes D^2 numbers of memory. Arguments and errors are those of
-    :func:`barlow_twins_loss`; the result is in float32 (float64 for float64 inputs) and differentiable.
+    The loss never forms this matrix. It takes D^2 numbers of memory.
+
+    Args:
+        z_a: As in ``barlow_twins_loss``.
+        z_b: As in ``barlow_twins_loss``.
+        normalization: As in ``barlow_twins_loss``.
+        eps: As in ``barlow_twins_loss``.
+
+    Returns:
+        C, (D, D), in float32 (float64 for float64 inputs), differentiable.
+
+    Raises:
+        TypeError: As ``barlow_twins_loss``.
+        ValueError: As ``barlow_twins_loss``.
     """
     check_inputs(z_a, z_b)
     convention = resolve_normalization(normalization, eps)

@@ -33,12 +33,13 @@ class Normalization:
     """A convention for standardising features over samples.
 
     Args:
-        correction: what the variance's divisor N is reduced by: 0 (biased, batch norm) or 1 (unbiased, ``torch.std``).
-        eps: the small constant that keeps a constant feature finite; >= 0.
-        eps_added_to: ``"variance"`` gives 1/sqrt(var + eps); ``"deviation"`` gives 1/(std + eps).
+        correction: 0 for the biased variance (batch norm), 1 for the unbiased one (``torch.std``).
+        eps: The small constant that keeps a constant feature finite; >= 0.
+        eps_added_to: ``"variance"`` gives 1/sqrt(var + eps). ``"deviation"`` gives 1/(std + eps).
 
     Raises:
-        TypeError, ValueError: a field is not of these values.
+        TypeError: A field has the wrong type.
+        ValueError: A field has a value that is not accepted.
     """
 
     correction: int = 0

@@ -15,7 +15,13 @@ from .normalization import Normalization
 
 
 class BarlowTwinsTerms(NamedTuple):
-    """The loss and the two sums that it is made of: ``loss = scale * (on_diag + lambd * off_diag)``."""
+    """The loss and its two sums: ``loss = scale * (on_diag + lambd * off_diag)``.
+
+    Attributes:
+        loss: Scalar.
+        on_diag: Scalar, the invariance term, sum_i (C_ii - 1)^2.
+        off_diag: Scalar, the redundancy reduction term, sum_{i != j} C_ij^2.
+    """
 
     loss: Tensor  # []
     on_diag: Tensor  # [] the invariance term, sum_i (C_ii - 1)^2

@@ -30,7 +30,12 @@ KAPPA_WARNING = 0.5  # C_ii is pulled to 2/3
 
 
 class LossFloor(NamedTuple):
-    """Where the loss cannot get below."""
+    """The loss that nothing gets below, and where it lies.
+
+    Attributes:
+        loss: The whole loss with ``scale=1``; multiply it by your scale.
+        c_ii: The mean of C_ii there.
+    """
 
     loss: float  # of the whole loss with scale 1; multiply by scale
     c_ii: float  # the mean of C_ii there
@@ -41,28 +46,39 @@ def suggest_lambda(n: int, d: int, kappa: float = 0.02) -> float:
 
     >>> BarlowTwinsLoss(lambd=suggest_lambda(n=256, d=65536))  # λ = 7.8e-05
 
-    At D = 2 (N - 1) this is κ, and it grows without bound as D falls to N - 1. There the rank is no longer what λ has
-    to respect (for D <= N - 1 it limits nothing: C can be the identity), so below D = 2 (N - 1) λ stays at ``kappa``.
+    The formula grows without bound as D falls to N - 1, where the rank no longer limits λ. So below D = 2 (N - 1) λ
+    stays at ``kappa``.
 
     Args:
-        n: samples N >= 2 of a batch, of all processes together (the module's docstring has the exceptions).
-        d: features D >= 1, the projector's output width.
-        kappa: κ >= 0, without unit. The official setting has 0.0153, published ones mostly 0.003 to 0.16; the
-            default, 0.02, is close to the official one. Above 0.5 C_ii is pulled below 2/3.
+        n: Samples N >= 2 of a batch, of all processes together.
+        d: Features D >= 1, the projector's output width.
+        kappa: κ >= 0, without unit. The official setting has 0.0153, published ones mostly 0.003 to 0.16. Above 0.5,
+            C_ii is pulled below 2/3.
 
     Returns:
-        λ, without unit; ``kappa(n, d, λ)`` is ``kappa`` again where D >= 2 (N - 1), and less below.
+        λ, without unit. ``kappa(n, d, λ)`` is ``kappa`` again where D >= 2 (N - 1), and less below.
 
     Raises:
-        TypeError, ValueError: an argument is not as above; the message names it.
+        TypeError: An argument has the wrong type. The message names it.
+        ValueError: An argument has a value that is not accepted. The message names it.
     """
     return _at_least_0("kappa", kappa) / max(_excess(n, d), 1.0)
 
 
 def kappa(n: int, d: int, lambd: float) -> float:
-    """κ = λ (D / (N - 1) - 1), or 0 where D <= N - 1 and the rank limits nothing.
+    """κ = λ (D / (N - 1) - 1): how hard the off-diagonal sum pulls the diagonal down. 0 where D <= N - 1.
 
-    Arguments and errors are those of :func:`suggest_lambda`; ``lambd`` is the loss's λ >= 0, without unit.
+    Args:
+        n: As in ``suggest_lambda``.
+        d: As in ``suggest_lambda``.
+        lambd: The loss's λ >= 0, without unit.
+
+    Returns:
+        κ, without unit.
+
+    Raises:
+        TypeError: As ``suggest_lambda``.
+        ValueError: As ``suggest_lambda``.
     """
     return _at_least_0("lambd", lambd) * _excess(n, d)
 
@@ -72,11 +88,18 @@ def loss_floor(n: int, d: int, lambd: float) -> LossFloor:
 
     >>> floor = loss_floor(256, 65536, 0.0051)  # LossFloor(loss=37111.5, c_ii=0.434)
 
-    The loss is a sum over D features, so ``loss / d`` is what is left for each. With λ > 1 the least is had by N - 1
-    features with C_ii = 1 and all others constant, whose C_ii is 0: the floor stays at D - N + 1, that of λ = 1, and
-    ``c_ii`` is the mean. Where D <= N - 1 the floor is 0, at C_ii = 1.
+    The loss is a sum over D features, so ``loss / d`` is what remains for each. Where D <= N - 1 the floor is 0, at
+    C_ii = 1. With λ > 1, the least is reached by N - 1 features with C_ii = 1 and all others constant. The floor then
+    stays at D - N + 1, that of λ = 1, and ``c_ii`` is the mean.
 
-    Arguments and errors are those of :func:`kappa`.
+    Args:
+        n: As in ``suggest_lambda``.
+        d: As in ``suggest_lambda``.
+        lambd: The loss's λ >= 0, without unit.
+
+    Raises:
+        TypeError: As ``suggest_lambda``.
+        ValueError: As ``suggest_lambda``.
     """
     pull = min(_at_least_0("lambd", lambd), 1.0) * _excess(n, d)
     return LossFloor(loss=d * pull / (1 + pull), c_ii=1 / (1 + pull))

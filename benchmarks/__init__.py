@@ -16,7 +16,7 @@ results.py    a run as JSON and CSV
 report.py     a run as tables
 pictures.py   a run as a picture
 compare.py    what regressed from one run to another
-readme.py     the README's tables and pictures, from results/
+readme.py     the tables and pictures of README and docs, from results/
 profile.py    where one call's time goes
 verify.py     everything that needs a GPU, in nine minutes
 __main__.py   the command line

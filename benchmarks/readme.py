@@ -1,4 +1,4 @@
-"""The tables and pictures of README.md, docs/width.md and docs/linear.md, made from the runs in benchmarks/results.
+"""The tables and pictures of README.md and of the pages in docs, made from the runs in benchmarks/results.
 
 python -m benchmarks readme            # writes them
 python -m benchmarks readme --check    # says whether they are up to date: exit code 0 or 1
@@ -13,18 +13,19 @@ In a document a pair of comments holds each, and names what is shown and of whic
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import linear, pictures, report, results
+from . import linear, pictures, report, results, trainer
 from .machine import ROOT
 from .width import pictures as width_pictures
 from .width import tables as width_tables
 
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "width.md", ROOT / "docs" / "linear.md")
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 RESULTS = Path(__file__).resolve().parent / "results"
 PICTURES = ROOT / "docs"
 BLOCK = re.compile(r"(<!-- benchmarks: (\w+) ([\w-]+) -->\n).*?(<!-- /benchmarks -->)", re.DOTALL)
@@ -48,17 +49,23 @@ PICTURES_OF = {
         "{}-costs.png", "Time and memory of a step over D", width_pictures.draw_costs, width_pictures.digest
     ),
     "linear_picture": Picture("{}.png", "Time and memory over D", linear.draw, linear.digest),
+    "trainer_picture": Picture(
+        "{}.png", "Time and memory of a training step over D, usual and fused", trainer.draw, trainer.digest
+    ),
 }
 
 
-def render(text: str, folder: Path = RESULTS) -> str:
-    """A document with all of its blocks made anew."""
+def render(text: str, folder: Path = RESULTS, beside: Path = PICTURES) -> str:
+    """A document of the folder ``beside`` with all of its blocks made anew."""
 
     def block(match: re.Match) -> str:
         view, name = match[2], match[3]
         if view not in VIEWS:
             raise ValueError(f"{view!r} is not a view; accepted: {', '.join(VIEWS)}")
-        return f"{match[1]}{VIEWS[view](results.load(folder / f'{name}.json'), name)}\n{match[4]}"
+        shown = VIEWS[view](results.load(folder / f"{name}.json"), name)
+        if view in PICTURES_OF and beside != PICTURES:
+            shown = shown.replace("](", f"]({os.path.relpath(PICTURES, beside)}/")
+        return f"{match[1]}{shown}\n{match[4]}"
 
     return BLOCK.sub(block, text)
 
@@ -111,12 +118,12 @@ def tables(run: dict[str, Any], name: str) -> str:
 def picture(run: dict[str, Any], name: str) -> str:
     hardware = run["machine"]
     where = hardware["gpu"]["name"] if hardware["gpu"] else f"{hardware['cpu']}, {hardware['cores']} cores"
-    path = picture_path("picture", name).relative_to(ROOT)
+    path = picture_path("picture", name).name
     return f"![{PICTURES_OF['picture'].alt}: {where}, {run['settings']['dtype']}]({path})"
 
 
 def _of_width(view: str) -> Callable[[dict[str, Any], str], str]:
-    """A picture that docs/width.md, beside it, shows."""
+    """A picture that docs/width.md shows."""
     return lambda run, name: f"![{PICTURES_OF[view].alt}, {run['study']['data']}]({picture_path(view, name).name})"
 
 
@@ -124,11 +131,22 @@ def linear_picture(run: dict[str, Any], name: str) -> str:
     return f"![{PICTURES_OF['linear_picture'].alt}]({picture_path('linear_picture', name).name})"
 
 
+def trainer_table(run: dict[str, Any], name: str) -> str:
+    return _text(run, lambda console, run: trainer.print_table(run, console))
+
+
+def trainer_picture(run: dict[str, Any], name: str) -> str:
+    alt = PICTURES_OF["trainer_picture"].alt
+    return f"![{alt}: {run['machine']['cpu']}]({picture_path('trainer_picture', name).name})"
+
+
 VIEWS = {
     **{function.__name__: function for function in (headline, summary, ratios, tables, picture)},
     **{view: _of_width(view) for view in PICTURES_OF if view.startswith("width")},
     "linear": linear.markdown,
     "linear_picture": linear_picture,
+    "trainer": trainer_table,
+    "trainer_picture": trainer_picture,
     "width_lambdas": width_tables.lambdas,
     "width_settings": width_tables.settings,
     "width_findings": width_tables.findings,
@@ -155,7 +173,7 @@ def main(argv: list[str]) -> int:
     old = []
     for document in DOCUMENTS:
         text = document.read_text()
-        fresh = render(text)
+        fresh = render(text, beside=document.parent)
         if fresh != text:
             old.append(str(document.relative_to(ROOT)))
         for view, name in drawn(fresh):

@@ -6,12 +6,15 @@ The digits preset's step (views, network, loss, backward, AdamW; N = 128, projec
 not fit is predicted instead of run: the loss's peak (``barlow_fused.plan``), weights, gradients and AdamW's moments,
 and the rest of the process.
 
-It writes ``benchmarks/results/trainer-<device>.json`` and ``.png``; ``--json FILE`` draws and prints a recorded one.
+It writes ``benchmarks/results/trainer-<device>.json``; ``--json FILE`` prints a recorded one, and
+``--picture FILE`` draws it.
+``python -m benchmarks readme`` makes the README's picture and docs/training.md's table of it.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import resource
@@ -34,7 +37,7 @@ from barlow_fused.train.loader import Parts
 from barlow_fused.train.processes import Processes
 from barlow_fused.train.step import Stepper, criterion
 
-from . import machine
+from . import machine, pictures
 
 LOSSES = ("reference", "fused")
 WIDTHS = [2**k for k in range(10, 17)]  # 1024 ... 65536
@@ -132,27 +135,33 @@ def print_table(report: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
+def digest(report: dict[str, Any]) -> str:
+    """Of what a picture shows."""
+    return hashlib.sha256(json.dumps([report["machine"], report["rows"]]).encode()).hexdigest()
+
+
 def draw(report: dict[str, Any], path: Path) -> None:
     """Step time and peak memory over D; hollow where predicted."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
-    figure.suptitle(f"A training step over the projector's width D (N = 128), {report['machine']['cpu']}")
+    hardware = report["machine"]
+    figure.suptitle(f"A training step, N = 128, float32, {hardware['cpu']}, {hardware['threads']} threads")
     time_axes, memory_axes = figure.subplots(1, 2)
-    for loss, color in (("reference", "tab:orange"), ("fused", "tab:blue")):
+    for loss, label, color in (("reference", "usual loss", "tab:orange"), ("fused", "barlow_fused", "tab:blue")):
         rows = [row for row in report["rows"] if row["loss"] == loss]
         ran = [row for row in rows if "seconds" in row]
-        time_axes.plot([r["d"] for r in ran], [r["seconds"] for r in ran], "o-", color=color, label=f"--loss {loss}")
+        time_axes.plot([r["d"] for r in ran], [r["seconds"] for r in ran], "o-", color=color, label=label)
         peaks = [row.get("peak_bytes", row["predicted_bytes"]) / 1e9 for row in rows]
         memory_axes.plot([r["d"] for r in rows], peaks, "-", color=color)
         for row, peak in zip(rows, peaks, strict=True):
             memory_axes.plot(row["d"], peak, "o", color=color, fillstyle="full" if "seconds" in row else "none")
     widths = list(dict.fromkeys(row["d"] for row in report["rows"]))
-    for axes, label in ((time_axes, "seconds a step"), (memory_axes, "peak memory (GB), hollow: predicted")):
-        axes.set(xscale="log", yscale="log", xlabel="D", ylabel=label)
+    for axes, label in ((time_axes, "seconds a step"), (memory_axes, "peak memory, GB (hollow: predicted)")):
+        axes.set(xscale="log", yscale="log", xlabel="width of the projector, D", ylabel=label)
         axes.set_xticks(widths, [str(d) for d in widths], rotation=45)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
     time_axes.legend()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, metadata={pictures.DIGEST: digest(report)} if path.suffix == ".png" else None)
 
 
 def main() -> None:
@@ -161,8 +170,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="timed steps (default: 8)")
     parser.add_argument("--d", type=lambda text: [int(d) for d in text.split(",")], default=WIDTHS, metavar="D,...")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--json", type=Path, help="print and draw this record instead of measuring")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record and the picture")
+    parser.add_argument("--json", type=Path, help="print this record instead of measuring")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="step time and peak memory over D")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the record")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # LOSS D: in a process of its own
     arguments = parser.parse_args()
     device = trainer.choose_device(arguments.device)
@@ -180,8 +190,9 @@ def main() -> None:
         report = run(arguments.d, arguments.steps, device, console)
         path.write_text(json.dumps(report, indent=1) + "\n")
     print_table(report, console)
-    draw(report, path.with_suffix(".png"))
-    console.print(f"{path}, {path.with_suffix('.png')}", soft_wrap=True)
+    if arguments.picture:
+        draw(report, arguments.picture)
+    console.print(str(path), soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def extensions(path: pathlib.Path) -> list[str]:
     """The names of the compiled modules in a wheel."""
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
-    assert "barlow_fused/loss.py" in names
+    assert {"barlow_fused/loss.py", "barlow_fused/py.typed"} <= set(names)
     assert not [name for name in names if name.startswith(("csrc", "tests"))]
     return [name for name in names if name.endswith(".so")]
 
@@ -148,6 +148,44 @@ def test_an_editable_install_compiles_beside_the_sources(tree, tmp_path):
     )
     assert done.returncode == 0, done.printed[-6000:]
     assert (tree / "barlow_fused" / f"_cuda{builds.SUFFIX}").exists()
+
+
+def install_again_and_again(tree: pathlib.Path, folder: pathlib.Path, *wanted: str) -> None:
+    """``pip install .`` into one environment, with each BARLOW_FUSED_CUDA in turn."""
+    if "No matching distribution" in pip("download", "--no-deps", "-d", folder / "index", "ninja").printed:
+        pytest.skip("needs a package index")
+    subprocess.run([sys.executable, "-m", "venv", folder / "env"], check=True)
+    (packages,) = (folder / "env" / "lib").glob("python*/site-packages")
+    for cuda in wanted:
+        command = [folder / "env" / "bin" / "pip", "--disable-pip-version-check", "install", "--no-deps", "."]
+        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"BARLOW_FUSED_CUDA": cuda}
+        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, errors="replace")
+        assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+        assert bool(list((packages / "barlow_fused").glob("_cuda*.so"))) == (cuda == "1")
+        assert len(list(packages.glob("barlow_fused-*.dist-info"))) == 1
+        command = [folder / "env" / "bin" / "barlow-fused", "--version"]
+        said = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+        assert said.stdout.startswith("barlow-fused "), said.stderr
+
+
+@pytest.mark.kernels
+def test_installing_twice(tree, tmp_path):
+    install_again_and_again(tree, tmp_path, "0", "0")
+
+
+@pytest.mark.kernels
+@needs_nvcc
+def test_installing_twice_with_the_extension_and_then_without(tree, tmp_path):
+    install_again_and_again(tree, tmp_path, "1", "1", "0", "1")
+
+
+def test_the_source_distribution_builds(tree, tmp_path):
+    """From itself: nothing that a build needs is left out."""
+    subprocess.run([sys.executable, "setup.py", "-q", "sdist"], cwd=tree, check=True, capture_output=True)
+    (made,) = (tree / "dist").glob("*.tar.gz")
+    done = pip("wheel", "--no-deps", "--no-build-isolation", "-w", tmp_path, made, BARLOW_FUSED_CUDA="0")
+    assert done.returncode == 0, done.printed[-6000:]
+    assert extensions(next(tmp_path.glob("*.whl"))) == []
 
 
 def test_the_source_distribution_has_what_the_build_needs(tree):

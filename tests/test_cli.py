@@ -11,6 +11,7 @@ import types
 
 import pytest
 import torch
+from subprocesses import environment
 
 from barlow_fused import __version__, backends, choice, configure, doctor, nvcc
 from barlow_fused.__main__ import main
@@ -66,13 +67,13 @@ def test_a_bad_value_is_answered_by_one_sentence(flags, message, capsys):
 @pytest.mark.parametrize(
     "argv",
     [
-        [],
         ["fly"],
         ["plan"],
         ["plan", "--n", "64", "--d", "256", "--speed", "9"],
         ["plan", "--n", "many", "--d", "256"],
         ["plan", "--n", "64", "--d", "256", "--dtype", "int8"],
         ["doctor", "--n", "64"],
+        ["--print-completion", "fish"],
     ],
 )
 def test_wrong_flags_exit_with_2(argv, capsys):
@@ -87,7 +88,48 @@ def test_help_names_the_commands(capsys):
         main(["--help"])
     assert exit_.value.code == 0
     out = capsys.readouterr().out
-    assert all(command in out for command in ("plan", "doctor", "train"))
+    assert all(command in out for command in ("plan", "doctor", "verify", "train", "evaluate"))
+
+
+def test_without_arguments_it_says_what_there_is(capsys):
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert capsys.readouterr().out == out
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["--version"], ["plan", "--help"], [], ["plan"], ["fly"]])
+def test_what_needs_no_torch_does_not_load_it(argv):
+    """So that --help takes a twentieth of a second."""
+    code = f"""
+import sys
+from barlow_fused.__main__ import main
+try:
+    main({argv})
+except SystemExit:
+    pass
+sys.exit("torch" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment()).returncode == 0
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion(shell, capsys):
+    pytest.importorskip("shtab")
+    with pytest.raises(SystemExit) as exit_:
+        main(["--print-completion", shell])
+    assert exit_.value.code == 0
+    script = capsys.readouterr().out
+    assert all(word in script for word in ("doctor", "world-size", "bfloat16"))
+
+
+def test_completion_without_its_extra_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    with pytest.raises(SystemExit) as exit_:
+        main(["--print-completion", "bash"])
+    assert exit_.value.code == 2
+    assert "pip install 'barlow-fused[completion]'" in capsys.readouterr().err
 
 
 def test_version(capsys):
@@ -183,7 +225,7 @@ def fail_to_import(monkeypatch, name):
 
 def test_train_without_its_extra_says_what_to_install(monkeypatch, capsys):
     fail_to_import(monkeypatch, "torchvision.datasets")
-    assert main(["train", "--epochs", "1"]) == 1
+    assert main(["train", "--epochs", "1"]) == 2
     message = capsys.readouterr().err
     assert "'torchvision.datasets'" in message
     assert "pip install 'barlow-fused[train]'" in message

@@ -1,4 +1,4 @@
-"""What README says of the package is what the package says."""
+"""What the documents say of the package is what the package says."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import re
 import pytest
 from subprocesses import ROOT
 
-README = (ROOT / "README.md").read_text()
+TRAINING = (ROOT / "docs" / "training.md").read_text()
 
 
 def rows(heading: str) -> list[list[str]]:
     """The cells of the table that has such a heading, without code marks."""
-    lines = README[README.index(heading) :].splitlines()[2:]
+    lines = TRAINING[TRAINING.index(heading) :].splitlines()[2:]
     table = lines[: next((i for i, line in enumerate(lines) if not line.startswith("|")), None)]
     return [[cell.strip().replace("`", "") for cell in line.strip("|").split("|")] for line in table]
 

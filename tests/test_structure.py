@@ -83,7 +83,9 @@ def test_what_runs_a_call_imports_no_prediction_no_trainer_and_no_patch(graph):
 
 
 CALL = """
-import sys, torch, barlow_fused
+import sys, barlow_fused
+assert "torch" not in sys.modules
+import torch
 at_first = set(sys.modules)
 z_a, z_b = torch.randn(2, 8, 64).requires_grad_().unbind()
 barlow_fused.barlow_twins_loss(z_a, z_b).backward()
@@ -96,3 +98,46 @@ assert barlow_fused.plan(8, 64).route == "gram" and {"plan", "Plan"} <= set(dir(
 
 def test_a_call_loads_nothing_that_it_does_not_need():
     subprocess.run([sys.executable, "-c", CALL], env=environment(), check=True)
+
+
+NAMES = """
+import pickle, sys, torch, barlow_fused
+assert set(barlow_fused.__all__) <= set(dir(barlow_fused))
+for name in barlow_fused.__all__:
+    assert getattr(barlow_fused, name) is getattr(barlow_fused, name), name
+exec("from barlow_fused import *")
+assert plan is barlow_fused.plan and BarlowTwinsLoss is barlow_fused.BarlowTwinsLoss
+for value in (barlow_fused.BarlowTwinsLoss(lambd=0.5), barlow_fused.Normalization(1), barlow_fused.LossFloor(1, 2)):
+    assert repr(pickle.loads(pickle.dumps(value))) == repr(value)
+try:
+    barlow_fused.nothing
+except AttributeError as error:
+    assert str(error) == "module 'barlow_fused' has no attribute 'nothing'"
+"""
+
+
+def test_names_are_loaded_when_they_are_asked_for():
+    subprocess.run([sys.executable, "-c", NAMES], env=environment(), check=True)
+
+
+COMPILED = """
+import sys, torch, barlow_fused
+assert "barlow_fused.loss" not in sys.modules
+loss = torch.compile(lambda a, b: barlow_fused.barlow_twins_loss(a, b), fullgraph=True, backend="eager")
+a, b = torch.randn(2, 8, 64)
+torch.testing.assert_close(loss(a, b), barlow_fused.barlow_twins_loss(a, b))
+"""
+
+
+def test_a_name_can_be_asked_for_first_where_a_call_is_compiled():
+    subprocess.run([sys.executable, "-c", COMPILED], env=environment(), check=True)
+
+
+def test_what_type_checkers_see_is_what_there_is():
+    """The imports under TYPE_CHECKING, the names by module, and __all__ agree."""
+    import barlow_fused
+
+    (block,) = (n for n in ast.parse((PACKAGE / "__init__.py").read_text()).body if isinstance(n, ast.If))
+    seen = {(node.module, alias.name) for node in block.body for alias in node.names}
+    assert seen == {(module, name) for module, names in barlow_fused._MODULES.items() for name in names}
+    assert {name for _, name in seen} | {"__version__"} == set(barlow_fused.__all__)

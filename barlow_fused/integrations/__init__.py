@@ -56,25 +56,31 @@ def patch(library: str) -> Patch:
     >>> handle = patch("lightly")           # until handle.undo()
     >>> with patch("lightly"): ...          # in this block
 
-    Patches nest: the library's own loss is back when every handle is undone, or at once by :func:`unpatch`.
+    Patches nest. The library's own loss is back when every handle is undone, or at once by ``unpatch``.
 
     Args:
         library: ``"lightly"``, ``"solo-learn"``, ``"stable-pretraining"`` or ``"monai"``.
 
+    Returns:
+        A ``Patch``: a handle, and a context manager.
+
     Raises:
-        ValueError: not one of these names.
-        ImportError: the library is not installed (ModuleNotFoundError), cannot be imported, or has no such loss.
-        RuntimeError: the installed version computes another loss.
+        ValueError: Not one of these names.
+        ImportError: The library is not installed (ModuleNotFoundError), cannot be imported, or has no such loss.
+        RuntimeError: The installed version computes another loss.
     """
     return Patch(library).apply()
 
 
 def unpatch(library: str) -> None:
-    """Give a library its own loss back, whatever handles there are; nothing happens if it is not patched.
+    """Give a library its own loss back, whatever handles there are. Does nothing if it is not patched.
+
+    Args:
+        library: As in ``patch``.
 
     Raises:
-        ValueError: not one of the names that :func:`patch` takes.
-        RuntimeError: something else has replaced the loss since; it must be undone first.
+        ValueError: Not one of the names that ``patch`` takes.
+        RuntimeError: Something else has replaced the loss since. Undo that first.
     """
     _check_name(library)
     if library in _swaps:
@@ -83,7 +89,7 @@ def unpatch(library: str) -> None:
 
 
 class Patch:
-    """What :func:`patch` returns: a hold on a patched library, let go by :meth:`undo` or at the end of a ``with``."""
+    """What ``patch`` returns: a hold on a patched library. ``undo``, or the end of a ``with`` block, lets go."""
 
     def __init__(self, library: str) -> None:
         _check_name(library)
@@ -99,7 +105,7 @@ class Patch:
         return self
 
     def undo(self) -> None:
-        """Let go; the last handle to do so gives the library its own loss back. Nothing happens the second time."""
+        """Let go. The last handle to do so gives the library its own loss back. A second call does nothing."""
         swap = _swaps.get(self.library)
         if swap is None or self not in swap.handles:
             return

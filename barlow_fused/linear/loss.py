@@ -37,40 +37,47 @@ def linear_barlow_twins_loss(
     statistics: str = "global",
     reduce_dtype: torch.dtype | None = None,
 ) -> Tensor | BarlowTwinsTerms:
-    """The Barlow Twins loss of z = h weight^T, exact, without the (N, D) embeddings: last layer and loss in one.
+    """The exact Barlow Twins loss of z = h weight^T, without the (N, D) embeddings: last layer and loss in one.
 
         loss = barlow_twins_loss(h_a @ weight.T, h_b @ weight.T)
 
-    As fused linear cross-entropy losses do for language models (Liger, arXiv 2410.10989; cut cross-entropy, arXiv
-    2411.09009): embeddings are made a slab of features at a time, in the forward and again in the backward pass. Beside
-    h, the weight and their gradients it takes two slabs and two (N, N) matrices, whatever D is.
+    Embeddings are made a slab of features at a time, in the forward and again in the backward pass. Beside h, the
+    weight and their gradients this takes two slabs and two (N, N) matrices, whatever D is. Fused linear cross-entropy
+    losses do the same for language models (Liger, arXiv 2410.10989; cut cross-entropy, arXiv 2411.09009).
 
     Args:
-        h_a, h_b: two views' activations before the projector's last linear layer, (N, H) with N >= 2; float32, float64,
-            bfloat16 or float16, of one dtype and on one device; any strides. Under autocast they and the weight are
-            taken in autocast's dtype, as by ``nn.Linear``.
-        weight: that layer's weight, (D, H), as ``nn.Linear`` has it, of the same dtype. There is no bias: the
-            standardisation takes it out again.
-        lambd, scale, normalization, eps, backend, return_terms: as in :func:`barlow_twins_loss`. The backend
-            ``"reference"`` makes z.
-        route: ``"gram"`` or ``"direct"`` of :func:`barlow_twins_loss`; ``"hidden"``, which makes no embeddings at all
-            (38 H^2 D FLOPs, two (H, H) matrices; PyTorch's operators alone); or ``"auto"``: hidden where that is ahead,
-            at H up to about N/2 (N/10 in half precision on accelerators), if the backend may be PyTorch's operators.
-        chunk_features: features of a slab of the Gram and the hidden route; None: what a CPU's caches hold, or on
+        h_a: Activations of the first view before the projector's last linear layer, (N, H) with N >= 2. float32,
+            float64, bfloat16 or float16; any strides. Autocast casts them and the weight, as it does for ``nn.Linear``.
+        h_b: Those of the second view. Same shape, dtype and device as ``h_a``.
+        weight: That layer's weight, (D, H), as ``nn.Linear`` has it, of the same dtype. There is no bias: standardising
+            removes it.
+        lambd: As in ``barlow_twins_loss``.
+        scale: As in ``barlow_twins_loss``.
+        normalization: As in ``barlow_twins_loss``.
+        eps: As in ``barlow_twins_loss``.
+        route: ``"gram"`` or ``"direct"``, as in ``barlow_twins_loss``. ``"hidden"``: no embeddings at all, 38 H^2 D
+            FLOPs, two (H, H) matrices, PyTorch's operators alone. ``"auto"``: hidden where it is ahead, at H up to
+            about N/2 (N/10 in half precision on accelerators), if the backend may be PyTorch's operators.
+        backend: As in ``barlow_twins_loss``. ``"reference"`` makes z.
+        return_terms: As in ``barlow_twins_loss``.
+        chunk_features: Features of a slab of the Gram and the hidden route. None: what a CPU's caches hold, or on
             accelerators 128 MiB of embeddings.
-        group, gradient, statistics, reduce_dtype: as in :func:`barlow_twins_loss`. h_a and h_b are this rank's samples,
-            (n_r, H); the weight is whole, and the same on every rank. A rank computes for a share of the features (the
-            direct route: for its samples), and gets a part of the weight's gradient. The parts' sum over the ranks,
-            which DistributedDataParallel and FSDP turn into an average, is what the layer by itself would have.
+        group: As in ``barlow_twins_loss``. ``h_a`` and ``h_b`` are this rank's samples, (n_r, H). The weight is whole,
+            and the same on every rank. A rank computes for a share of the features (the direct route: for its samples),
+            and gets a part of the weight's gradient. The parts' sum over the ranks, which DDP and FSDP turn into an
+            average, is what the layer by itself would get.
+        gradient: As in ``barlow_twins_loss``.
+        statistics: As in ``barlow_twins_loss``.
+        reduce_dtype: As in ``barlow_twins_loss``.
 
     Returns:
-        As :func:`barlow_twins_loss`, differentiable with respect to h_a, h_b and weight.
+        As ``barlow_twins_loss``, differentiable with respect to ``h_a``, ``h_b`` and ``weight``.
 
     Raises:
-        TypeError, ValueError: an argument is not as above; the message names it.
-        RuntimeError: the backend asked for cannot run here, or a second derivative was asked for; with a group, as
-            :func:`barlow_twins_loss`, and in the backward pass if the loss's gradient differs between ranks
-            (``gradient="official"``, other routes than direct).
+        TypeError: An argument has the wrong type. The message names it.
+        ValueError: An argument has a value that is not accepted. The message names it.
+        RuntimeError: As ``barlow_twins_loss``. With a group also in the backward pass, if the loss's gradient differs
+            between ranks (``gradient="official"``, other routes than direct).
     """
     options = Options(
         lambd, scale, normalization, eps, route, backend, return_terms, group, gradient, statistics, reduce_dtype
@@ -125,7 +132,7 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 class LinearBarlowTwinsLoss(nn.Module):
-    """:func:`linear_barlow_twins_loss` as a module that owns the weight.
+    """``linear_barlow_twins_loss`` as a module that owns the weight.
 
     >>> projector, last = projector[:-1], projector[-1]
     >>> barlow = LinearBarlowTwinsLoss.from_linear(last, lambd=0.0051)
@@ -134,9 +141,11 @@ class LinearBarlowTwinsLoss(nn.Module):
     Args:
         in_features: H.
         out_features: D.
-        device, dtype: of the weight, which starts as that of ``nn.Linear``.
-        options: those of :func:`linear_barlow_twins_loss` after the tensors; each is an attribute of ``loss``, and may
-            be changed there.
+        device: Of the weight, which is initialised as that of ``nn.Linear``.
+        dtype: Of the weight.
+        chunk_features: As in ``linear_barlow_twins_loss``.
+        **options: Those of ``linear_barlow_twins_loss`` after the tensors. Each is an attribute of ``loss``, and may be
+            changed there.
     """
 
     def __init__(
@@ -158,9 +167,17 @@ class LinearBarlowTwinsLoss(nn.Module):
     def from_linear(
         cls, layer: nn.Linear, chunk_features: int | None = None, **options: object
     ) -> LinearBarlowTwinsLoss:
-        """The loss that takes the place of ``layer`` and a loss behind it; it owns the same weight.
+        """The loss that takes the place of ``layer`` and a loss behind it. It owns the same weight.
 
-        A call raises ValueError where the layer has a bias and nothing standardises it away (``normalization="none"``).
+        A call raises ValueError if the layer has a bias and nothing standardises it away (``normalization="none"``).
+
+        Args:
+            layer: The projector's last layer.
+            chunk_features: As in ``linear_barlow_twins_loss``.
+            **options: As of the class.
+
+        Raises:
+            TypeError: ``layer`` is not a ``torch.nn.Linear``.
         """
         if not isinstance(layer, nn.Linear):
             raise TypeError(f"layer must be a torch.nn.Linear, got {type(layer).__name__}")

@@ -40,13 +40,13 @@ class Network:
     GPU, and a guess at the latency.
 
     Args:
-        latency: alpha, seconds.
-        intra: bytes per second that a rank sends within its node.
-        inter: bytes per second that a rank sends to other nodes.
-        ranks_per_node: R.
+        latency: Seconds of a message.
+        intra: Bytes per second that a rank sends within its node.
+        inter: Bytes per second that a rank sends to other nodes.
+        ranks_per_node: Ranks that share a node.
 
     Raises:
-        ValueError: one is not positive (the latency: is negative).
+        ValueError: One is not positive (the latency: is negative).
     """
 
     latency: float = 5e-6

@@ -25,29 +25,34 @@ TITLE = 14  # width of a plan's first column
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """How one call of the loss runs, forward and backward, and what it costs each rank; ``str()`` is a table.
+    """How one call of the loss runs, forward and backward, and what it costs each rank. ``str()`` is a table.
 
     Attributes:
-        n, d, dtype, world_size: what was asked; ``n`` counts the samples of all ranks.
-        device: the device's name.
-        route, backend: those that the call takes.
-        why: one sentence on why it takes this route.
-        fused: what this package costs: ``flops``, ``bytes_moved``, ``peak_memory`` (bytes, less those of the inputs and
-            of both gradients), ``floor`` (seconds), and for the CUDA backend on an H100 or H200 the predicted
-            seconds of its ``kernels``; and with several ranks ``all_to_all_bytes``, ``all_reduce_bytes``,
-            ``all_gather_bytes``, ``sent_bytes``, ``network`` and ``step`` (seconds), and the ``collectives`` by name.
-        usual: the same for the usual implementation, the official code's recipe.
-        lower_bound: seconds that any implementation of the route needs on this device: its FLOPs at the device's
+        n: Samples of all ranks.
+        d: Features.
+        dtype: Of the inputs.
+        world_size: Ranks.
+        device: The device's name.
+        route: The route that the call takes.
+        backend: The backend that it takes.
+        why: One sentence on why it takes this route.
+        fused: What this package costs: ``flops``, ``bytes_moved``, ``peak_memory`` (bytes, beyond inputs and
+            gradients), ``floor`` (seconds). For the CUDA backend on an H100 or H200 also the predicted seconds of its
+            ``kernels``. With several ranks also ``all_to_all_bytes``, ``all_reduce_bytes``, ``all_gather_bytes``,
+            ``sent_bytes``, ``network`` and ``step`` (seconds), and the ``collectives`` by name.
+        usual: The same for the usual implementation, the official code's recipe.
+        lower_bound: Seconds that any implementation of the route needs on this device: its FLOPs at the device's
             matrix-product rate, or 6 N D numbers moved (inputs read twice, gradients written).
-        lambd: the λ that was asked about.
-        kappa, loss_floor, c_ii: what N and D make of it: κ, the loss (of scale 1) that no network gets below, and the
-            C_ii that it pulls to (:func:`barlow_fused.loss_floor`).
-        warning: one sentence if κ is above 0.5, else None.
-        rates: bandwidth and matrix-product rate that the times are computed from, and where they come from.
-        network: what connects the ranks; None without several.
+        lambd: The λ that was asked about.
+        kappa: κ of this N, D and λ.
+        loss_floor: The loss (of scale 1) that no network gets below.
+        c_ii: The C_ii that the floor pulls to.
+        warning: One sentence if κ is above 0.5, else None.
+        rates: The bandwidth and matrix-product rate behind the times, and where they come from.
+        network: What connects the ranks; None without several.
         hidden: H where the projector's last layer was asked about, else None. ``fused`` is then
             ``linear_barlow_twins_loss``, and ``usual`` includes ``nn.Linear``.
-        separate: with ``hidden``, ``nn.Linear`` and this package's loss after it.
+        separate: With ``hidden``: ``nn.Linear`` and this package's loss after it.
     """
 
     n: int
@@ -171,26 +176,32 @@ def plan(
     lambd: float = 0.0051,
     hidden: int | None = None,
 ) -> Plan:
-    """What :func:`barlow_twins_loss` would do with inputs of shape (n, d), and what it would cost.
+    """Predict what ``barlow_twins_loss`` would do with inputs of shape (n, d), and what it would cost. Nothing is run.
 
     >>> print(plan(2048, 65536, torch.bfloat16, device="h200"))
 
     Args:
-        n: samples of the global batch, N >= 2 (all ranks together).
-        d: features, D >= 1.
-        dtype: of the inputs: float32, float64, bfloat16 or float16.
-        device: None (the GPU if there is one, else the CPU), a ``torch.device`` or its name, or ``"h200"``, ``"h100"``,
-            ``"a100"``, ``"b200"`` to plan for hardware that is not here. Other devices are measured, once per process.
-        world_size: how many ranks share the batch; the costs are then those of one rank.
-        route, backend: as for :func:`barlow_twins_loss`.
-        network: with several ranks, what connects them (``barlow_fused.planning.network.Network``, which has defaults).
-        lambd: the loss's λ >= 0, of which the plan says what this N and D make of it; it costs nothing.
-        hidden: H, the units before the projector's last layer: plan :func:`linear_barlow_twins_loss`, whose route this
-            may be, beside that layer and the loss.
+        n: Samples N >= 2 of the global batch (all ranks together).
+        d: Features D >= 1.
+        dtype: Of the inputs: float32, float64, bfloat16 or float16.
+        device: A ``torch.device`` or its name; or ``"h200"``, ``"h100"``, ``"a100"``, ``"b200"`` to plan for hardware
+            that is not here. None: the GPU if there is one, else the CPU. Devices that are not in the table of rates
+            are measured, once per process.
+        world_size: Ranks that share the batch. The costs are those of one rank.
+        route: As for ``barlow_twins_loss``.
+        backend: As for ``barlow_twins_loss``.
+        network: With several ranks, what connects them. None: ``Network()``.
+        lambd: The loss's λ >= 0. It costs nothing; the plan says what this N and D make of it.
+        hidden: H, the units before the projector's last layer: plan ``linear_barlow_twins_loss``, whose route this may
+            be, beside that layer and the loss.
+
+    Returns:
+        A ``Plan``.
 
     Raises:
-        TypeError, ValueError: an argument is not as above; the message names it.
-        RuntimeError: the backend asked for cannot run there.
+        TypeError: An argument has the wrong type. The message names it.
+        ValueError: An argument has a value that is not accepted. The message names it.
+        RuntimeError: The backend cannot run there.
     """
     n, d, world_size = integer("n", n, 2), integer("d", d, 1), integer("world_size", world_size, 1)
     if n % world_size:

@@ -552,7 +552,8 @@ def test_the_readme_shows_the_recorded_runs(capsys):
 
 def test_every_view_of_the_readme_is_made_of_a_run(tmp_path, monkeypatch):
     results.write_json(tmp_path / "gpu.json", made_run(made_method("eager"), made_method("fused")))
-    for view in (v for v in readme.VIEWS if not v.startswith(("width_", "linear"))):  # other tests have those
+    others = ("width_", "linear", "trainer")  # other tests have those
+    for view in (v for v in readme.VIEWS if not v.startswith(others)):
         fresh = readme.render(
             f"before\n<!-- benchmarks: {view} gpu -->\nOUTDATED\n<!-- /benchmarks -->\nafter", tmp_path
         )
@@ -562,6 +563,38 @@ def test_every_view_of_the_readme_is_made_of_a_run(tmp_path, monkeypatch):
         assert readme.render(fresh, tmp_path) == fresh
     with pytest.raises(ValueError, match="not a view"):
         readme.render("<!-- benchmarks: song gpu -->\n<!-- /benchmarks -->", tmp_path)
+
+
+def test_a_picture_is_linked_from_where_the_document_lies(tmp_path):
+    results.write_json(tmp_path / "gpu.json", made_run(made_method("eager"), made_method("fused")))
+    text = "<!-- benchmarks: picture gpu -->\n<!-- /benchmarks -->"
+    assert "](benchmark-gpu.png)" in readme.render(text, tmp_path)
+    assert "](docs/benchmark-gpu.png)" in readme.render(text, tmp_path, beside=readme.ROOT)
+
+
+def test_every_document_with_a_block_is_brought_up_to_date():
+    documents = [*readme.ROOT.glob("*.md"), *(readme.ROOT / "docs").rglob("*.md"), *readme.ROOT.glob("examples/*.md")]
+    assert {path for path in documents if "<!-- benchmarks:" in path.read_text()} <= set(readme.DOCUMENTS)
+
+
+def test_a_training_step_over_the_width(tmp_path):
+    """The table and the picture are those of the record."""
+    pytest.importorskip("torchvision")
+    from benchmarks import trainer
+
+    recorded = results.load(readme.RESULTS / "trainer-cpu.json")
+    results.write_json(tmp_path / "trainer-cpu.json", recorded)
+    shown = readme.render(
+        "<!-- benchmarks: trainer trainer-cpu -->\n<!-- /benchmarks -->\n"
+        "<!-- benchmarks: trainer_picture trainer-cpu -->\n<!-- /benchmarks -->",
+        tmp_path,
+    )
+    assert "needs 70 GB" in shown
+    assert "](trainer-cpu.png)" in shown
+    trainer.draw(recorded, tmp_path / "picture.png")
+    assert pictures.digest_of(tmp_path / "picture.png") == trainer.digest(recorded)
+    recorded["rows"][0]["seconds"] += 1
+    assert pictures.digest_of(tmp_path / "picture.png") != trainer.digest(recorded)
 
 
 # -- the profile of a call, and what runs on a GPU --

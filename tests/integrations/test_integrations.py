@@ -764,7 +764,7 @@ def test_former_versions_keep_their_own_gradient(open_library: Callable, monkeyp
     assert seen == ["official", "lightly", None, "lightly"]
 
 
-# The official script has no loss to patch: the README shows the lines to change
+# The official script has no loss to patch: docs/switch.md shows the lines to change
 
 
 @pytest.mark.usefixtures("float64")
