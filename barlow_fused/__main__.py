@@ -54,7 +54,15 @@ def _parser() -> argparse.ArgumentParser:
         description="Which route and backend a shape takes, and what it costs beside the usual implementation.",
     )
     plan.add_argument("--n", type=int, required=True, help="samples of the global batch")
-    plan.add_argument("--d", type=int, required=True, help="features")
+    plan.add_argument("--d", type=int, help="features")
+    plan.add_argument(
+        "--projector", metavar="WIDTHS", help="like 8192-8192-65536, in place of --d: a whole training step"
+    )
+    plan.add_argument("--features", type=int, default=2048, help="before the projector (default: 2048)")
+    plan.add_argument("--optimizer", default="lars", help="of a step: lars (default), sgd or adamw")
+    plan.add_argument(
+        "--shard-projector", action="store_true", help="a step is always shown both ways, this one as well"
+    )
     plan.add_argument("--dtype", choices=DTYPES, default="float32", help="of the inputs (default: float32)")
     plan.add_argument("--device", help="cpu, cuda, cuda:<index>, or a GPU to plan for: h200, h100, a100, b200")
     plan.add_argument("--world-size", type=int, default=1, help="ranks that share the batch (default: 1)")
@@ -111,10 +119,28 @@ def _plan(arguments: argparse.Namespace) -> int:
 
     from .planning.network import Network
     from .planning.plan import plan
+    from .planning.step import step_plan
 
     units = {"latency": 1e-6, "intra": 1e9, "inter": 1e9, "ranks_per_node": 1}
     given = {name: vars(arguments)[name] * unit for name, unit in units.items() if vars(arguments)[name] is not None}
     try:
+        if (arguments.d is None) == (arguments.projector is None):
+            raise ValueError("one of --d (a loss) and --projector (a training step) must be given")
+        if arguments.projector is not None:
+            made = step_plan(
+                arguments.n,
+                arguments.projector,
+                dtype=getattr(torch, arguments.dtype),
+                device=arguments.device,
+                world_size=arguments.world_size,
+                optimizer=arguments.optimizer,
+                features=arguments.features,
+                route=arguments.route,
+                backend=arguments.backend,
+                network=Network(**given),
+            )
+            print(json.dumps(made.to_dict(), indent=2) if arguments.json else made)
+            return 0
         made = plan(
             arguments.n,
             arguments.d,

@@ -67,7 +67,12 @@ def check_group_options(options: Options) -> None:
 
 
 def check_inputs(
-    z_a: Tensor, z_b: Tensor, min_samples: int = 2, names: tuple[str, str] = ("z_a", "z_b"), of: str = "features D"
+    z_a: Tensor,
+    z_b: Tensor,
+    min_samples: int = 2,
+    names: tuple[str, str] = ("z_a", "z_b"),
+    of: str = "features D",
+    min_features: int = 1,
 ) -> None:
     """Two views' projector outputs, (N, D), or activations, (N, H), of one shape, dtype and device."""
     for name, z in zip(names, (z_a, z_b), strict=True):
@@ -94,22 +99,19 @@ def check_inputs(
             if min_samples > 1
             else f"{both} must have at least 1 sample on every rank, got 0"
         )
-    if d < 1:
+    if d < min_features:
         what, _, letter = of.rpartition(" ")
         raise ValueError(f"{both} must have at least 1 {what[:-1]} ({letter} >= 1), got {letter} = {d}")
 
 
-def check_weight(weight: Tensor, h: Tensor) -> None:
+def check_weight(weight: Tensor, h: Tensor, min_features: int = 1) -> None:
     """The last layer's weight, (D, H), beside the activations that it takes."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a torch.Tensor, got {type(weight).__name__}")
-    for name, tensor in (("weight", weight), ("h_a", h)):
-        if hasattr(tensor, "device_mesh"):
-            raise TypeError(f"{name} must be a plain tensor, got a DTensor: give its local or its full tensor")
     if weight.layout != torch.strided or weight.is_nested:
         got = "a nested tensor" if weight.is_nested else f"layout {weight.layout}"
         raise TypeError(f"weight must be a dense (strided) tensor, got {got}")
-    if weight.dim() != 2 or weight.shape[1] != h.shape[1] or not len(weight):
+    if weight.dim() != 2 or weight.shape[1] != h.shape[1] or len(weight) < min_features:
         raise ValueError(
             f"weight must be 2-D, (features D >= 1, hidden units H = {h.shape[1]}), got shape {tuple(weight.shape)}"
         )

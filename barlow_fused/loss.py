@@ -18,6 +18,7 @@ from .reference import BarlowTwinsTerms, reference_cross_correlation, reference_
 
 if TYPE_CHECKING:
     from .arguments import Group
+    from .distributed.agreement import Shards
 
 
 def barlow_twins_loss(
@@ -90,11 +91,16 @@ def barlow_twins_loss(
 
 
 def _loss(z_a: Tensor, z_b: Tensor, options: Options) -> Tensor | BarlowTwinsTerms:
-    process_group = _process_group(options.group)
-    if process_group is not None and process_group.size() > 1:
+    if hasattr(z_a, "device_mesh") or hasattr(z_b, "device_mesh"):  # DTensors
+        from .distributed import sharded
+
+        (z_a, z_b), options, shards = sharded.views(z_a, z_b, options)
+    else:
+        shards = shards_of(options)
+    if shards is not None:
         from . import distributed  # not everyone needs it, and it imports much
 
-        terms = distributed.apply((z_a, z_b), options, process_group)  # checks, and tells the other ranks
+        terms = distributed.apply((z_a, z_b), options, shards)  # checks, and tells the other ranks
         return terms if options.return_terms else terms.loss
     check_group_options(options)
     check_inputs(z_a, z_b)
@@ -178,10 +184,11 @@ def cross_correlation(
         return reference_cross_correlation(z_a.to(dtype), z_b.to(dtype), convention)
 
 
-def _process_group(group: Group | None) -> Any:
-    """The process group that is meant by the argument; None without one."""
-    if group is None:
+def shards_of(options: Options) -> Shards | None:
+    """Who has the samples of a batch; None: this process alone."""
+    if options.group is None:
         return None
-    from .distributed.agreement import resolve_group
+    from .distributed.agreement import Shards, resolve_group
 
-    return resolve_group(group)
+    group = resolve_group(options.group)
+    return Shards(group) if group.size() > 1 else None

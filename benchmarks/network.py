@@ -11,6 +11,7 @@ times; the bytes that the barriers around them take, measured likewise, are take
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import fcntl
 import os
 import re
@@ -27,10 +28,15 @@ import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
 import torch.multiprocessing
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 from barlow_fused import barlow_twins_loss
-from barlow_fused.planning.cost import Cost
+from barlow_fused.planning.cost import Cost, Problem
+from barlow_fused.planning.devices import resolve_device
+from barlow_fused.planning.network import Network
 from barlow_fused.planning.plan import plan
+from barlow_fused.planning.step import features_collectives
 
 from . import machine
 
@@ -84,11 +90,20 @@ def _rank(rank: int, arguments: argparse.Namespace) -> None:
     def fused(route: str) -> Callable[[Tensor, Tensor], Tensor]:
         return lambda a, b: barlow_twins_loss(a, b, route=route, backend="torch", group="world", gradient="official")
 
+    def of_features(a: Tensor, b: Tensor) -> Tensor:  # the same numbers, as shards of features
+        views = [DTensor.from_local(z.reshape(n, d // ranks), mesh, [Shard(1)], run_check=False) for z in (a, b)]
+        return barlow_twins_loss(*views, route="gram", backend="torch")
+
+    mesh = init_device_mesh("cpu", (ranks,))
     rows: list[tuple[str, Callable[[Tensor, Tensor], Tensor], torch.dtype, Cost]] = []
     for dtype in (torch.float32, torch.bfloat16):
         for route in ("gram", "direct"):
             made = plan(n, d, dtype, device="h200", world_size=ranks, route=route, backend="torch")
             rows.append((route, fused(route), dtype, made.fused))
+        made = plan(n, d, dtype, device="h200", world_size=ranks, route="gram", backend="torch")
+        problem = Problem(n, d, dtype, resolve_device("h200"), ranks, "gram")
+        sent = sum(Network().sent(c.kind, c.size, ranks) for c in features_collectives(problem, "torch"))
+        rows.append(("features", of_features, dtype, dataclasses.replace(made.fused, sent_bytes=sent)))
     rows.append(("usual", usual_loss, torch.float32, plan(n, d, device="h200", world_size=ranks).usual))
     if rank == 0:
         own = "of its own" if os.environ[INSIDE] == "1" else "shared with other programs"

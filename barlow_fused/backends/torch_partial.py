@@ -76,7 +76,7 @@ def for_caches(device: torch.device) -> bool:
 
 def _columns(z: Tensor) -> Iterator[slice]:
     """The slabs of features."""
-    n, d = z.shape
+    n, d = max(1, len(z)), z.shape[1]
     return _slabs(d, n) if for_caches(z.device) else torch_whole._chunks(n, d, _compute_dtype(z), arrays=2)
 
 
@@ -302,13 +302,16 @@ def through_normalization(
     g: Tensor,  # [N, columns] dL/dX_hat, less what K's bulk makes of it; written over
     result: Result,
     columns: slice,
+    mean: Tensor | None = None,  # [S, columns] mean_n(X_hat * g), if known
 ) -> Tensor:  # [N, columns]
     """dL/dz = rstd * (g - kappa * mean_n(X_hat * g) * X_hat), and what the normalisation leaves of the bulk."""
     if own.normalization is None:
         return g
     alpha, d = result.factors
     product = result.product
-    if sum(own.segments.counts) == len(x):
+    if mean is not None:
+        pass
+    elif sum(own.segments.counts) == len(x):
         mean = own.means(x * g)
     else:  # over samples that are not all here, from C
         mean = (torch.linalg.vecdot(product, product, dim=1 - view) * alpha + d * result.c)[None, columns]

@@ -40,24 +40,26 @@ anyone waits for data that never comes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..arguments import Options
 from ..backends.accelerator import without_autocast
 from ..reference import BarlowTwinsTerms
-from . import direct, gram, linear_direct, linear_gram, linear_hidden
-from .agreement import agree
+from . import blocks, direct, gram, linear_blocks, linear_direct, linear_gram, linear_hidden
+from .agreement import Shards, agree
 from .part import Part
 
 ROUTES = {  # by how many tensors a call takes
     (2, "gram"): gram,
     (2, "direct"): direct,
+    (2, "blocks"): blocks,
     (3, "gram"): linear_gram,
     (3, "direct"): linear_direct,
+    (3, "blocks"): linear_blocks,
     (3, "hidden"): linear_hidden,
 }
 
@@ -66,7 +68,7 @@ ROUTES = {  # by how many tensors a call takes
 def apply(
     inputs: Sequence[Tensor],
     options: Options,
-    group: dist.ProcessGroup,
+    shards: Shards,
     chunk_features: int | None = None,
 ) -> BarlowTwinsTerms:
     """The loss of all ranks' samples and its terms, the same on every rank, differentiable.
@@ -76,22 +78,27 @@ def apply(
 
     torch.compile does not look inside: its graph breaks here.
     """
-    part = agree(inputs, options, group, chunk_features)
+    part = agree(inputs, options, shards, chunk_features)
+    kind = len(inputs), part.route
+    if part.features is not None and kind == (2, "direct"):
+        kind = 2, "blocks"
+    if part.own_d is not None and kind == (3, "direct"):
+        kind = 3, "blocks"
     with without_autocast(inputs[0].device.type):
         if any(part.needs):
-            return BarlowTwinsTerms(*_DistributedFunction.apply(part, *inputs))
-        return ROUTES[len(inputs), part.route].forward(*(x.detach() for x in inputs), part)[0]
+            return BarlowTwinsTerms(*_DistributedFunction.apply(part, ROUTES[kind], *inputs))
+        return ROUTES[kind].forward(*(x.detach() for x in inputs), part)[0]
 
 
 class _DistributedFunction(torch.autograd.Function):
-    """(part, *inputs) -> (loss, on_diag, off_diag)."""
+    """(part, route, *inputs) -> (loss, on_diag, off_diag)."""
 
     @staticmethod
-    def forward(ctx: Any, part: Part, *inputs: Tensor) -> tuple[Tensor, ...]:
-        terms, saved = ROUTES[len(inputs), part.route].forward(*inputs, part)
+    def forward(ctx: Any, part: Part, route: ModuleType, *inputs: Tensor) -> tuple[Tensor, ...]:
+        terms, saved = route.forward(*inputs, part)
         ctx.save_for_backward(*saved)
         ctx.set_materialize_grads(False)
-        ctx.part, ctx.route = part, ROUTES[len(inputs), part.route]
+        ctx.part, ctx.route = part, route
         return tuple(terms)
 
     @staticmethod
@@ -102,4 +109,4 @@ class _DistributedFunction(torch.autograd.Function):
             )
         part, saved = ctx.part, ctx.saved_tensors
         with without_autocast(saved[0].device.type):
-            return None, *ctx.route.backward(saved, grads, part)
+            return None, None, *ctx.route.backward(saved, grads, part)

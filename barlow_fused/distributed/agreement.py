@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -71,33 +71,49 @@ def resolve_group(group: Group) -> dist.ProcessGroup:
     return group
 
 
-def agree(
-    inputs: Sequence[Tensor], options: Options, group: dist.ProcessGroup, chunk_features: int | None = None
-) -> Part:
+class Shards(NamedTuple):
+    """Over which ranks a call's inputs are shared."""
+
+    samples: dist.ProcessGroup | None  # None: every rank has all of them
+    features: dist.ProcessGroup | None = None  # None: every rank has all of them
+    d: int | None = None  # features of all ranks, where these have some each: those of z, or the weight's rows
+
+    @property
+    def groups(self) -> list[dist.ProcessGroup]:
+        """Those that there are."""
+        return [group for group in self[:2] if group is not None]
+
+
+def agree(inputs: Sequence[Tensor], options: Options, shards: Shards, chunk_features: int | None = None) -> Part:
     """Compare what the ranks were given; where they cannot compute together, every one of them raises.
 
     The inputs are both views, or both views of the last layer's inputs and its weight.
     """
-    rank = group.rank()
+    first = shards.groups[0]
     own, rules, problem = [0] * FIELDS, None, None
     try:
-        rules = _resolve(inputs, options, group, chunk_features)
-        fields = {**_fields(inputs, rules), **_verified(inputs, rules, group.size())}
+        rules = _resolve(inputs, options, shards, chunk_features)
+        ranks = [1 if group is None else group.size() for group in shards[:2]]
+        fields = {**_fields(inputs, rules, shards), **_verified(inputs, rules, *ranks)}
         own = [1, *fields.values()]
     except Exception as error:  # the others must hear of it, whatever it is
         problem = error
-    on_cpu = "cpu:" in dist.get_backend_config(group)
+    on_cpu = "cpu:" in dist.get_backend_config(first)
     device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
-    header = torch.tensor(own, dtype=torch.int64, device="cpu").to(device)
-    headers = gather(header, group)
+    headers = torch.tensor(own, dtype=torch.int64, device="cpu").to(device)
+    for group in shards.groups:
+        headers = gather(headers, group)
+    rank = 0  # of this one, in all of them
+    for group in shards.groups:
+        rank += group.rank() * (first.size() if group is not first else 1)
     if problem is not None:
         raise problem
-    rows = headers.tolist()
+    rows = headers.view(-1, FIELDS).tolist()
     invalid = [str(other) for other, row in enumerate(rows) if not row[0]]
     if invalid:
         raise RuntimeError(f"the loss was given invalid arguments on rank {', '.join(invalid)} of the group: see there")
     columns = dict(zip(fields, list(zip(*rows, strict=True))[1:], strict=True))
-    sizes = columns.pop("N")
+    sizes = columns.pop("N")[: 1 if shards.samples is None else shards.samples.size()]
     verified = {route: columns.pop(f"verified for {route}") for route in ROUTES}
     for name, values in columns.items():
         other = next((other for other, value in enumerate(values) if value != values[0]), None)
@@ -111,13 +127,29 @@ def agree(
             f"with statistics='local' every rank must have at least 2 samples, got {min(sizes)} on rank "
             f"{sizes.index(min(sizes))}"
         )
-    d = columns["D"][0]
-    part = Part(group, rank, sizes, d, _needs(inputs), "", rules)
+    if sum(sizes) < 2:
+        raise ValueError(f"the ranks of the group must have at least 2 samples together, got {sum(sizes)}")
+    part = Part(
+        group=shards.samples,
+        rank=0 if shards.samples is None else shards.samples.rank(),
+        sizes=sizes,
+        d=columns["D"][0],
+        needs=_needs(inputs),
+        route="",
+        rules=rules,
+        features=shards.features,
+        own_d=None if shards.d is None else _features(inputs),
+    )
     route = _route(part, inputs)
     backend = rules.backend
     if backend == "auto":
         backend = "torch" if route == "hidden" else _common(verified[route])
     return part._replace(route=route, rules=rules._replace(backend=backend))
+
+
+def _features(inputs: Sequence[Tensor]) -> int:
+    """Those that are here."""
+    return len(inputs[2]) if len(inputs) == 3 else inputs[0].shape[1]
 
 
 def _needs(inputs: Sequence[Tensor]) -> tuple[bool, ...]:
@@ -137,19 +169,21 @@ def _route(part: Part, inputs: Sequence[Tensor]) -> str:
     return choose_linear_route(rules.route, part.n, h, part.d, rules.backend, rate, basis)
 
 
-def _resolve(inputs: Sequence[Tensor], options: Options, group: dist.ProcessGroup, chunk_features: int | None) -> Rules:
+def _resolve(inputs: Sequence[Tensor], options: Options, shards: Shards, chunk_features: int | None) -> Rules:
     """This rank's arguments, checked."""
     check_group_options(options)
     z_a, z_b, *weight = inputs
     names = NAMES[len(inputs)]
-    check_inputs(z_a, z_b, min_samples=1, names=names[:2], of="hidden units H" if weight else "features D")
+    least = 1 if shards.d is None else 0  # what is cut into shards by itself may leave a rank without any
+    check_inputs(z_a, z_b, least, names[:2], "hidden units H" if weight else "features D", 1 if weight else least)
     if weight:
-        check_weight(*weight, z_a)
-    if f"{z_a.device.type}:" not in dist.get_backend_config(group):
-        raise ValueError(
-            f"{names[0]} and {names[1]} are on {z_a.device}, where group cannot communicate: its backends are "
-            f"{dist.get_backend_config(group)}"
-        )
+        check_weight(*weight, z_a, least)
+    for group in shards.groups:
+        if f"{z_a.device.type}:" not in dist.get_backend_config(group):
+            raise ValueError(
+                f"{names[0]} and {names[1]} are on {z_a.device}, where group cannot communicate: its backends are "
+                f"{dist.get_backend_config(group)}"
+            )
     backend = choose_backend(options.backend)
     if backend != "auto":
         choose_backend(backend, z_a.device, z_a.dtype)  # raises where it cannot run
@@ -171,14 +205,14 @@ def _resolve(inputs: Sequence[Tensor], options: Options, group: dist.ProcessGrou
     )
 
 
-def _fields(inputs: Sequence[Tensor], rules: Rules) -> dict[str, int]:
+def _fields(inputs: Sequence[Tensor], rules: Rules, shards: Shards) -> dict[str, int]:
     """What the ranks must agree on (all but N), as integers."""
     z_a, convention = inputs[0], rules.normalization
     linear = len(inputs) == 3
     needs = dict(zip(NAMES[len(inputs)], map(int, _needs(inputs)), strict=True))
     return {
         "N": z_a.shape[0],
-        "D": len(inputs[2]) if linear else z_a.shape[1],
+        "D": _features(inputs) if shards.d is None else shards.d,
         "H": z_a.shape[1] if linear else 0,
         "dtype": DTYPES.index(z_a.dtype),
         "device": DEVICES.index(z_a.device.type) if z_a.device.type in DEVICES else -1,
@@ -197,10 +231,10 @@ def _fields(inputs: Sequence[Tensor], rules: Rules) -> dict[str, int]:
     }
 
 
-def _verified(inputs: Sequence[Tensor], rules: Rules, ranks: int) -> dict[str, int]:
+def _verified(inputs: Sequence[Tensor], rules: Rules, ranks: int, others: int) -> dict[str, int]:
     """The backends that this rank may take, by route, the fastest first, as the digits of a number."""
-    z, *_, last = inputs
-    n, d = len(z), len(last) if len(inputs) == 3 else z.shape[1]
+    z = inputs[0]
+    n, d = len(z), _features(inputs)
     numbers = {}
     for route, shape in (("gram", (n * ranks, max(1, d // ranks))), ("direct", (n, d))):  # what a rank multiplies
         names = fastest_over_ranks(z.device, z.dtype, shape, route) if rules.backend == "auto" else ()

@@ -18,8 +18,10 @@ GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gat
 
 def to_features(z: Tensor, part: Part) -> Callable[[], Tensor]:
     """Send (n_r, D), this rank's samples; the result waits for (N, D / P), this rank's features of all samples."""
+    if part.group is None:
+        return z.detach
     n, widths = z.shape[0], part.widths
-    send = z.new_empty(n * part.d)
+    send = z.new_empty(z.numel())
     blocks = [block.view(n, width) for block, width in zip(send.split([n * w for w in widths]), widths, strict=True)]
     torch.split_with_sizes_copy(z.detach(), widths, dim=1, out=blocks)
     own = widths[part.rank]
@@ -29,6 +31,8 @@ def to_features(z: Tensor, part: Part) -> Callable[[], Tensor]:
 
 def to_samples(grad: Tensor, part: Part) -> Callable[[], Tensor]:
     """The way back: (N, D / P) to (n_r, D)."""
+    if part.group is None:
+        return lambda: grad
     own, n, widths = grad.shape[1], part.sizes[part.rank], part.widths
     received, wait = _exchange(grad.view(-1), [size * own for size in part.sizes], [n * w for w in widths], part)
 
@@ -64,8 +68,24 @@ def sum_to_samples(x: Tensor, part: Part) -> Callable[[], Tensor]:
 def sum_over_ranks(x: Tensor, part: Part) -> Callable[[], Tensor]:
     """Sum ``x`` over the ranks, in the dtype that the user wants it to travel in; the result waits for it."""
     travelling = x if part.rules.reduce_dtype is None else x.to(part.rules.reduce_dtype)
-    work = dist.all_reduce(travelling, group=part.group, async_op=True)
-    return lambda: (work.wait(), travelling.to(x.dtype))[1]
+    first, *others = [group for group in (part.group, part.features) if group is not None]
+    work = dist.all_reduce(travelling, group=first, async_op=True)
+
+    def arrive() -> Tensor:
+        work.wait()
+        for group in others:
+            dist.all_reduce(travelling, group=group)
+        return travelling.to(x.dtype)
+
+    return arrive
+
+
+def sum_now(x: Tensor, *groups: dist.ProcessGroup | None) -> Tensor:
+    """x, summed in place over the ranks of the groups that there are."""
+    for group in groups:
+        if group is not None:
+            dist.all_reduce(x, group=group)
+    return x
 
 
 def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:

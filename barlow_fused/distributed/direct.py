@@ -20,7 +20,7 @@ def forward(z_a: Tensor, z_b: Tensor, part: Part) -> tuple[BarlowTwinsTerms, lis
     if rules.normalization is not None:
         moments = [ops.moments(z, (z.shape[0],)) for z in (z_a, z_b)]
         if not part.local:
-            moments = list(_combine(torch.stack(moments), part))
+            moments = list(combine(torch.stack(moments), part))
     views = [ops.View(z, m, rules.normalization, segments) for z, m in zip((z_a, z_b), moments, strict=True)]
     d = part.d
     summed = sum_over_ranks(torch.cat([ops.partial_correlate(*views).view(-1), ops.diagonal(*views)]), part)()
@@ -47,12 +47,15 @@ def backward(saved: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], part: 
     return [ops.input_grad(views, view, total) if part.needs[view] else None for view in range(2)]
 
 
-def _combine(moments: Tensor, part: Part) -> Tensor:  # [2, 3, 1, D] -> [2, 3, 1, D]
+def combine(moments: Tensor, part: Part) -> Tensor:  # [2, 3, 1, D] -> [2, 3, 1, D]
     """The moments of all ranks' samples from those of each rank's, in float64 (Chan et al. 1979)."""
     mean, residual, var = moments.double().unbind(1)
     own = torch.stack((mean + residual, var))  # (2, 2, 1, D): mean and variance of both views
     share = torch.tensor(part.sizes, dtype=own.dtype, device=own.device).div_(part.n).view(-1, 1, 1, 1)
-    means, variances = gather(own, part.group).unbind(1)  # (P, 2, 1, D)
+    gathered = gather(own, part.group)
+    if min(part.sizes) == 0:  # what has no samples has no mean
+        gathered = torch.where(share[:, None] > 0, gathered, 0.0)
+    means, variances = gathered.unbind(1)  # (P, 2, 1, D)
     mean = (means * share).sum(0)
     var = ((variances + (means - mean).square()) * share).sum(0)
     rounded = mean.to(moments.dtype)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ..backends.torch_partial import Result
 from ..reference import BarlowTwinsTerms
-from .collectives import sum_over_ranks, to_features, to_samples
+from .collectives import sum_now, sum_over_ranks, to_features, to_samples
 from .part import Part
 from .terms import terms_of, weights_of_sums, weights_over_ranks
 
@@ -30,7 +29,7 @@ def forward(z_a: Tensor, z_b: Tensor, part: Part) -> tuple[BarlowTwinsTerms, lis
     c = ops.diagonal(*views).div_(part.n)  # (D / P,)
     wide = c.double()
     scalars = torch.cat([torch.stack([(wide - 1).square().sum(), wide.square().sum()]), *taus])
-    dist.all_reduce(scalars, group=part.group)
+    sum_now(scalars, part.group, part.features)
     tau = scalars[2:].view(2, -1)
     inner, product = ops.join_gram(tuple(wait() for wait in sums), tau, segments.sizes, part.d, views[0].product_dtype)
     terms = terms_of(scalars[0], inner / part.n**2 - scalars[1], rules, c.dtype)

@@ -42,8 +42,8 @@ def backward(saved: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], part: 
     result = Result("gram", part.n, part.d, product, c, tau, w_on, w_off)
     _chunks([h_a, h_b], weight, part).gradients(moments, result, sums)
     arrivals = [sum_to_samples(total, part) if total is not None else None for total in sums.of_h]
-    of_weight = None
-    if part.needs[2]:
+    of_weight = sums.of_weight
+    if part.needs[2] and part.own_d is None:  # the others' rows are theirs
         of_weight = torch.zeros_like(weight)
         of_weight[part.columns] = sums.of_weight
     return [*(None if arrive is None else arrive().to(h_a.dtype) for arrive in arrivals), of_weight]

@@ -44,8 +44,8 @@ def backward(saved: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], part: 
     sums, of_shard = features.gradients(t, c, w_on, w_off, part.needs)
     if any(part.needs[:2]):
         sums = sum_over_ranks(sums, part)()
-    of_weight = None
-    if part.needs[2]:
+    of_weight = of_shard
+    if part.needs[2] and part.own_d is None:  # the others' rows are theirs
         of_weight = torch.zeros_like(weight)
         of_weight[part.columns] = of_shard
     segment = part.rank if part.local else 0

@@ -38,13 +38,15 @@ class Rules(NamedTuple):
 class Part(NamedTuple):
     """What this rank knows after the ranks agreed."""
 
-    group: dist.ProcessGroup
-    rank: int
-    sizes: tuple[int, ...]  # samples of every rank
-    d: int
+    group: dist.ProcessGroup | None  # over which samples are shared; None: all are here
+    rank: int  # in it
+    sizes: tuple[int, ...]  # samples of every rank of it
+    d: int  # features of all ranks
     needs: tuple[bool, ...]  # which inputs need a gradient
     route: str
     rules: Rules
+    features: dist.ProcessGroup | None = None  # over which features are shared; None: all are here
+    own_d: int | None = None  # features that are here, where these are not all
 
     @property
     def n(self) -> int:
@@ -58,16 +60,18 @@ class Part(NamedTuple):
 
     @property
     def widths(self) -> list[int]:
-        """Features of each rank's shard."""
-        count = len(self.sizes)
-        unit = ALIGNMENT if self.d >= ALIGNMENT * ALIGNMENT * count else 1
-        units = self.d // unit
-        edges = [units * rank // count * unit for rank in range(count)] + [self.d]
+        """Features of each rank's shard, of those that are here."""
+        count, d = len(self.sizes), self.d if self.own_d is None else self.own_d
+        unit = ALIGNMENT if d >= ALIGNMENT * ALIGNMENT * count else 1
+        units = d // unit
+        edges = [units * rank // count * unit for rank in range(count)] + [d]
         return [stop - start for start, stop in itertools.pairwise(edges)]
 
     @property
     def columns(self) -> slice:
-        """The features of this rank's shard."""
+        """The features that this rank works on, of those of the weight that it has (the last layer's)."""
+        if self.own_d is not None:
+            return slice(0, self.own_d)
         start = sum(self.widths[: self.rank])
         return slice(start, start + self.widths[self.rank])
 

@@ -18,6 +18,8 @@ def weights_of(grads: tuple[Tensor | None, ...], like: Tensor) -> Tensor:  # [3]
 def weights_over_ranks(grads: tuple[Tensor | None, ...], like: Tensor, part: Part) -> Tensor:  # [1, 3] or [P, 3]
     """The same of all ranks: one for all of them where it is the same for all their samples."""
     weights = weights_of(grads, like)
+    if part.group is None:
+        return weights[None]
     if part.rules.gradient == "lightly":  # the gradient of the sum of all ranks' losses
         dist.all_reduce(weights, group=part.group)
         return weights[None]

@@ -11,7 +11,7 @@ from ..arguments import Options, check_group_options, check_inputs, check_weight
 from ..backends.operations import Spec
 from ..choice import choose_backend
 from ..function import apply
-from ..loss import BarlowTwinsLoss, _process_group
+from ..loss import BarlowTwinsLoss, shards_of
 from ..normalization import Normalization, resolve_normalization
 from ..reference import BarlowTwinsTerms, reference_loss
 from .route import choose_linear_route, hidden_rate
@@ -88,12 +88,17 @@ def linear_barlow_twins_loss(
 def _loss(
     h_a: Tensor, h_b: Tensor, weight: Tensor, options: Options, chunk_features: int | None
 ) -> Tensor | BarlowTwinsTerms:
+    if hasattr(weight, "device_mesh") or hasattr(h_a, "device_mesh") or hasattr(h_b, "device_mesh"):  # DTensors
+        from ..distributed import sharded
+
+        (h_a, h_b, weight), options, shards = sharded.last_layer(h_a, h_b, weight, options)
+    else:
+        shards = shards_of(options)
     h_a, h_b, weight = _autocast(h_a, h_b, weight)
-    process_group = _process_group(options.group)
-    if process_group is not None and process_group.size() > 1:
+    if shards is not None:
         from .. import distributed  # not everyone needs it, and it imports much
 
-        terms = distributed.apply((h_a, h_b, weight), options, process_group, chunk_features)  # checks as well
+        terms = distributed.apply((h_a, h_b, weight), options, shards, chunk_features)  # checks as well
         return terms if options.return_terms else terms.loss
     check_group_options(options)
     check_inputs(h_a, h_b, names=("h_a", "h_b"), of="hidden units H")

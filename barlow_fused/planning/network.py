@@ -7,6 +7,8 @@ A message of b bytes takes alpha + b / beta seconds. From that, for P ranks and 
     all_reduce   2 (P - 1) / P b         the faster of: ring   2 (P - 1) alpha + 2 (P - 1) / P b / beta
                                                         trees  2 log2(P) alpha + 2 b / beta
     all_gather   (P - 1) b               log2(P) alpha + (P - 1) b / beta
+    reduce_      (P - 1) / P b           (P - 1) alpha + (P - 1) / P b / beta
+     scatter
 
 R ranks share a node. Within it a rank sends ``intra`` bytes a second. Out of it every rank has ``inter`` to itself;
 rings and trees are laid over all R of them, so that beta is min(intra, R inter), and intra in one node.
@@ -61,7 +63,12 @@ class Network:
     def sent(self, kind: str, size: int, ranks: int) -> int:
         """Bytes that each rank sends."""
         return round(
-            {"all_to_all": (ranks - 1) / ranks, "all_reduce": 2 * (ranks - 1) / ranks}.get(kind, ranks - 1) * size
+            {
+                "all_to_all": (ranks - 1) / ranks,
+                "reduce_scatter": (ranks - 1) / ranks,
+                "all_reduce": 2 * (ranks - 1) / ranks,
+            }.get(kind, ranks - 1)
+            * size
         )
 
     def seconds(self, kind: str, size: int, ranks: int) -> float:
@@ -74,6 +81,8 @@ class Network:
             return (ranks - 1) * self.latency + max(within, out)
         if kind == "all_reduce":
             return min(2 * (ranks - 1) * self.latency + sent / beta, 2 * depth * self.latency + 2 * size / beta)
+        if kind == "reduce_scatter":
+            return (ranks - 1) * self.latency + sent / beta
         return depth * self.latency + sent / beta
 
 
@@ -82,7 +91,7 @@ class Collective:
     """One collective of a step."""
 
     what: str
-    kind: str  # "all_to_all", "all_reduce" or "all_gather"
+    kind: str  # "all_to_all", "all_reduce", "all_gather" or "reduce_scatter"
     size: int  # bytes that a rank hands to it
     backward: bool = False
 

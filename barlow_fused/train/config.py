@@ -86,6 +86,9 @@ class LossConfig:
     fused_projector: Annotated[
         bool | None, "the projector's last layer and the loss in one: no embeddings (default: where they would not fit)"
     ] = None
+    shard_projector: Annotated[
+        bool, "each process has its rows of the projector's last layer, their gradient and optimiser state"
+    ] = False
     gradient: Annotated[
         Literal["lightly", "official"], "on P processes: the loss's gradient, or 1/P of it as the paper's code"
     ] = "lightly"
@@ -213,7 +216,13 @@ def combine(*layers: Mapping[str, Any]) -> Config:
 
 
 MAY_CHANGE = {"out", "resume", "steps", "device", "verify", "workers", "data_dir", "download", "log_every", "knn_every"}
-MAY_CHANGE |= {"knn_images", "checkpoint_every", "keep", "fused_projector"}  # nor does this change what a step computes
+MAY_CHANGE |= {
+    "knn_images",
+    "checkpoint_every",
+    "keep",
+    "fused_projector",
+    "shard_projector",
+}  # nor does this change what a step computes
 
 
 def resumed(flags: Mapping[str, Any], file: Path | None = None) -> Config:

@@ -18,7 +18,8 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - its usual name
 
-from .checkpoint import CheckpointError, first_line
+from . import shards
+from .checkpoint import CheckpointError, Rows, first_line, with_rows
 from .config import ConfigError
 
 SMALL_IMAGES = 64  # pixels, up to which --stem auto takes the small one
@@ -169,13 +170,14 @@ def load_weights(model: BarlowTwins, path: Path) -> str:
         ConfigError: it is none of these, or of another model.
     """
     try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
+        contents = _mapped(path)
     except OSError as error:
         raise ConfigError(f"--init {path}: {error.strerror or error}") from error
     except Exception as error:
         raise ConfigError(f"--init {path} is not a file of weights: {first_line(error)}") from error
+    contents = with_rows(contents, path)
     state = contents.get("model", contents) if isinstance(contents, dict) else {}
-    if not isinstance(state, dict) or not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+    if not isinstance(state, dict) or not state or not all(isinstance(x, (Tensor, Rows)) for x in state.values()):
         raise ConfigError(f"--init {path} is not a file of weights: it must hold named tensors")
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     whole = any(name.startswith("backbone.") for name in state)
@@ -189,8 +191,20 @@ def load_weights(model: BarlowTwins, path: Path) -> str:
             f"--init {path} is of another model: {missing + unexpected} tensors differ, the first is "
             f"{first_difference(target.state_dict(), state)}"
         )
-    target.load_state_dict(state)
+    expected = target.state_dict()
+    for name in [name for name, tensor in state.items() if isinstance(tensor, Rows)]:
+        state.pop(name).read_into(expected[name])
+    target.load_state_dict({**expected, **state})
     return f"{'backbone and projector' if whole else 'backbone'} from {path}"
+
+
+def _mapped(path: Path) -> Any:
+    """A file of weights, whose tensors take no memory until they are used, where its format allows that."""
+    arguments = {"map_location": "cpu", "weights_only": True}
+    try:
+        return torch.load(path, mmap=True, **arguments)
+    except RuntimeError:  # PyTorch's format before 1.6
+        return torch.load(path, **arguments)
 
 
 def restore(model: BarlowTwins, state: dict[str, Any]) -> None:
@@ -204,7 +218,7 @@ def restore(model: BarlowTwins, state: dict[str, Any]) -> None:
         raise CheckpointError(
             f"the state after step {state['step']} is of another model: {first_difference(expected, found)}"
         )
-    model.load_state_dict(found)
+    model.load_state_dict(shards.placed(found, expected))
 
 
 def compare(expected: dict[str, Tensor], found: dict[str, Any]) -> tuple[int, int]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from . import shards
 from .config import Config, ConfigError
 
 FINAL = 0.001  # of the peak: what the cosine falls to
@@ -20,10 +23,11 @@ def build(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     weights = [p for p in model.parameters() if p.requires_grad and p.ndim != 1]
     biases = [p for p in model.parameters() if p.requires_grad and p.ndim == 1]
     groups = [{"params": weights, "weight_decay": config.weight_decay}, {"params": biases, "weight_decay": 0.0}]
+    mixed = any(isinstance(p, DTensor) for p in weights)  # and plain tensors: no operator takes both at once
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, fused=True)
+        return torch.optim.AdamW(groups, lr=0.0, **({"foreach": False} if mixed else {"fused": True}))
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum)
+        return torch.optim.SGD(groups, lr=0.0, momentum=config.momentum, foreach=False if mixed else None)
     try:
         from timm.optim import Lars
     except ModuleNotFoundError as error:
@@ -31,6 +35,18 @@ def build(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     # timm adapts a group that is decayed; the weights are adapted also if their decay is 0
     groups[0]["always_adapt"] = True
     return Lars(groups, lr=0.0, momentum=config.momentum, trust_coeff=config.trust_coefficient)
+
+
+def placed(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """A state of the optimiser, with what belongs to a sharded weight in its shards."""
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    return {
+        **state,
+        "state": {
+            index: shards.placed(values, dict.fromkeys(values, weights[index]))
+            for index, values in state["state"].items()
+        },
+    }
 
 
 def set_learning_rates(

@@ -21,10 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import BarlowTwinsLoss, linear_barlow_twins_loss
 from ..reference import BarlowTwinsTerms, reference_loss
+from . import shards
 from .config import Config
 from .loader import derive
 from .model import BarlowTwins, running_statistics_kept
@@ -65,6 +67,8 @@ class LastLayerLoss:
 
 def criterion(config: Config, processes: Processes, network: BarlowTwins) -> Callable[..., Any]:
     """The loss over the samples of all processes, of what the network gives; returns (loss, on_diag, off_diag)."""
+    if shards.is_sharded(network):
+        return shards.ShardedLoss(network, config, AUTOCAST.get(config.precision))
     several = {"group": "world", "gradient": config.gradient} if processes.count > 1 else {}
     if config.fused_projector:
         network.embeds = False
@@ -110,11 +114,40 @@ class Stepper(NamedTuple):
                 torch.autograd.backward(self._forward(views, step, part)[: len(grads)], grads)
         return terms
 
+    def rehearse(self, views: tuple[Tensor, Tensor]) -> None:
+        """A step that counts for nothing: by its first one DistributedDataParallel arranges what it sends in others.
+
+        Another arrangement is another order of sums. So a run that is resumed has the bits of one that was not.
+        """
+        if isinstance(self.model, DistributedDataParallel):
+            with running_statistics_kept(self.model):
+                sum(x.float().sum() for x in self._forward(views, 0, 0)).backward()
+            self.optimizer.zero_grad(set_to_none=True)
+
     def update(self) -> None:
         """Change the weights and forget the gradient. GradScaler leaves a step out whose gradient overflowed."""
+        if self.scaler.is_enabled():
+            self._unscale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _unscale(self) -> None:
+        """GradScaler takes shards or whole tensors, not both; and every process must leave out the same steps."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        sharded = [(p, p.grad) for p in parameters if isinstance(p, DTensor)]
+        if not sharded:
+            return
+        whole = next(p.grad for p in parameters if not isinstance(p, DTensor))
+        overflow = torch.stack([(~grad.to_local().isfinite()).any() for _, grad in sharded]).any().to(torch.int32)
+        dist.all_reduce(overflow, dist.ReduceOp.MAX)
+        whole.masked_fill_(overflow.bool(), float("inf"))  # which GradScaler finds, on every process
+        scale = self.scaler.get_scale()
+        for p, _ in sharded:
+            p.grad = None
+        self.scaler.unscale_(self.optimizer)
+        for p, grad in sharded:
+            p.grad = grad / scale
 
     def _forward(self, views: tuple[Tensor, Tensor], step: int, part: int) -> tuple[Tensor, ...]:
         torch.manual_seed(derive(self.config.seed, "network", step, part, self.rank))

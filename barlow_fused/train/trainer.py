@@ -30,9 +30,9 @@ from torch.utils.tensorboard import SummaryWriter
 from .. import width
 from ..choice import verify_first
 from ..version import __version__
-from . import augment, checkpoint, datasets, evaluate, model, optim, pictures, processes
+from . import augment, checkpoint, datasets, evaluate, model, optim, pictures, processes, shards
 from .checkpoint import CheckpointError
-from .config import Config, ConfigError, parse_args
+from .config import Config, ConfigError, flag_name, parse_args
 from .datasets import Images, UnreadableImageError
 from .loader import Parts, batches
 from .model import BarlowTwins
@@ -99,7 +99,9 @@ def train(config: Config, console: Console) -> None:
     config = resolve(config, images, by)
     device = torch.device(config.device, by.local_rank) if config.device == "cuda" else torch.device("cpu")
     network, origin = build(config, images, device)
-    state = checkpoint.last(config.resume, lambda text: say(console, text)) if config.resume else None
+    if config.shard_projector and by.count > 1:
+        shards.shard(network, device, by.count)
+    state = checkpoint.last(config.resume, lambda text: say(console, text), by) if config.resume else None
     if state and config.steps < state["step"]:
         raise ConfigError(
             f"--steps {config.steps}: {config.resume} has made {state['step']} steps already; nothing was changed"
@@ -131,10 +133,10 @@ def train(config: Config, console: Console) -> None:
         if after is not None and first < config.steps:
             log.write_knn(config.steps, config.steps / (len(images.train) // config.batch_size), after.knn_all)
     pixels = monitor.pixels()
+    monitor.draw()
     if by.first:
         encoder = {name: tensor.cpu().float() for name, tensor in network.backbone.state_dict().items()}
         checkpoint.save(encoder, config.out / "encoder.pt")
-        monitor.draw()
         if after is not None:
             results = {"raw_pixels": pixels, "untrained_encoder": before, "pretrained_encoder": after}
             results = {name: result for name, result in results.items() if result is not None}
@@ -170,7 +172,7 @@ def fit(
     first = 0
     if state is not None:
         model.restore(network, state)
-        optimizer.load_state_dict(state["optimizer"])
+        optimizer.load_state_dict(optim.placed(optimizer, state["optimizer"]))
         scaler.load_state_dict(state["scaler"])
         first = state["step"]
         say(console, f"Resumed after step {first}")
@@ -188,20 +190,21 @@ def fit(
             "scaler": scaler.state_dict(),
             "config": config.to_dict(),
         }
-        if not all(parameter.isfinite().all() for parameter in network.parameters()):
-            if by.first:
-                checkpoint.save({"step": step, **contents}, config.out / "diverged.pt")
+        finite = all(shards.local(parameter).isfinite().all() for parameter in network.parameters())
+        if by.most(int(not finite))[0]:
+            checkpoint.write_state(config.out / "diverged.pt", {"step": step, **contents}, by)
             raise DivergedError(
                 f"a weight is NaN or infinite after step {step}: a lower --lr-weights may help. The last finite "
                 f"weights are in {config.out / checkpoint.FOLDER}, those at the end in {config.out / 'diverged.pt'}"
             )
-        if by.first:
-            checkpoint.write(config.out, step, contents, config.keep)
+        checkpoint.write(config.out, step, contents, config.keep, by)
         return f"The state after step {step} is in {checkpoint.path_of(config.out, step)}"
 
     if config.out != config.resume:  # where that state is already
         keep(first)
     network.train()
+    own_batch = config.batch_size // by.count // config.accumulate
+    stepper.rehearse((torch.zeros(own_batch, images.channels, config.image_size, config.image_size),) * 2)
     views = batches(
         parts,
         config.workers,
@@ -240,8 +243,7 @@ def fit(
                 keep(done)
             if config.knn_every and done % (config.knn_every * steps_per_epoch) == 0 and done < config.steps:
                 log.write_knn(done, done / steps_per_epoch, monitor.knn())
-                if by.first:
-                    monitor.draw()
+                monitor.draw()
 
 
 def choose_device(device: str) -> str:
@@ -273,8 +275,9 @@ def resolve(config: Config, images: Images, by: Processes) -> Config:
             f"--batch-size must be a multiple of the {by.count} processes times --accumulate {config.accumulate}, at "
             f"least two images for each; got {config.batch_size}"
         )
-    if config.fused_projector and config.loss == "reference":
-        raise ConfigError("--fused-projector is of --loss fused; got --loss reference")
+    for name in ("fused_projector", "shard_projector"):
+        if getattr(config, name) and config.loss == "reference":
+            raise ConfigError(f"{flag_name(name)} is of --loss fused; got --loss reference")
     may_fuse = config.loss == "fused"
     steps_per_epoch = count // config.batch_size
     steps = config.steps or config.epochs * steps_per_epoch
@@ -352,7 +355,7 @@ def build(config: Config, images: Images, device: torch.device) -> tuple[BarlowT
     if origin == "random weights":
         plain = augment.plain(config.image_size, images.mean, images.std, images.crop)
         seen = torch.stack([plain(datasets.read(images.train, index)[0]) for index in some(images, config)])
-        parts = nn.Sequential(network.backbone, network.projector)
+        parts = nn.Sequential(network.backbone, network.projector[:-1])
         model.set_batch_norm_statistics(parts, to_device(seen, config, device))
     return network, origin
 
@@ -361,12 +364,13 @@ def wrap(network: BarlowTwins, config: Config, device: torch.device, by: Process
     """The network as it is trained: its batch norms synchronised, compiled, its gradients averaged over processes."""
     if by.count > 1 and config.sync_batch_norm:
         processes.synchronise_batch_norm(network, config.device)
+    model = shards.Trunk(network) if shards.is_sharded(network) else network
     if config.compile:
-        network.compile()
+        model.compile()
     if by.count == 1:
-        return network
+        return model
     devices = [by.local_rank] if device.type == "cuda" else None
-    return DistributedDataParallel(network, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def some(images: Images, config: Config) -> list[int]:
@@ -412,27 +416,31 @@ class Monitor:
     @torch.no_grad()
     def look(self) -> Snapshot | None:
         """What the network makes of two views of some training images, in evaluation mode; on the first process."""
+        *_, last = self.network.projector
+        d = last.out_features
+        chosen = torch.linspace(0, d - 1, min(d, SEEN_FEATURES)).long().to(self.device)
+        weight = last.weight if d <= SEEN_FEATURES and not shards.is_sharded(self.network) else None
+        weight = shards.rows(last.weight, chosen) if weight is None else weight
         if not self.by.first:
             return None
         alone = Parts(self.images, self.config, Processes(0, 0, 1))
         indices = some(self.images, self.config)
         training, seen = self.network.training, []
-        *_, last = self.network.projector
-        hidden, d = self.network.projector[:-1], last.out_features
-        chosen = torch.linspace(0, d - 1, min(d, SEEN_FEATURES)).long().to(self.device)
+        hidden = self.network.projector[:-1]
         self.network.eval()
         for part, start in enumerate(range(0, len(indices), SEEN_AT_ONCE)):
             views = alone.augment(indices[start : start + SEEN_AT_ONCE], 0, part)
             with autocast(self.config, self.device):
                 h_a, h_b = (self.network.backbone(to_device(view, self.config, self.device)) for view in views)
-                weight = last.weight if d <= SEEN_FEATURES else last.weight[chosen]
                 seen.append([h_a, *(nn.functional.linear(hidden(h), weight) for h in (h_a, h_b))])
         self.network.train(training)
         return pictures.snapshot(*(torch.cat(parts).float().cpu() for parts in zip(*seen, strict=True)), d)
 
     def draw(self) -> None:
-        """All pictures, of this moment."""
+        """All pictures, of this moment; the first process draws, every one must call."""
         out, now = self.config.out, self.look()
+        if now is None:
+            return
         pictures.draw_loss(read_jsonl(out / "metrics.jsonl"), self.config, out / "loss.png")
         history = [entry for entry in read_jsonl(out / "knn.jsonl") if entry["knn"] is not None]
         if history:

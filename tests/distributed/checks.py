@@ -615,7 +615,7 @@ def auto_is_what_every_rank_has_verified() -> None:
             with mock.patch.object(agreement, "fastest_over_ranks", order):
                 z_a, z_b = map(own, views(16, 400))
                 options = Options(route=route, group="world", gradient="official")
-                part = agreement.agree((z_a, z_b), options, dist.group.WORLD)
+                part = agreement.agree((z_a, z_b), options, agreement.Shards(dist.group.WORLD))
             of_first = everywhere if last else on_last
             assert part.rules.backend == next(name for name in of_first if name in on_last)
     ranks = last + 1
@@ -939,7 +939,7 @@ def last_layer_takes_the_route_by_the_samples_of_all() -> None:
     ):
         h_a, h_b, weight = activations(n, h, d, torch.float32)
         options = Options(group="world", gradient="official", statistics=statistics)
-        part = agreement.agree((own(h_a), own(h_b), weight), options, dist.group.WORLD)
+        part = agreement.agree((own(h_a), own(h_b), weight), options, agreement.Shards(dist.group.WORLD))
         assert part.route == route, (n, h, d, part.route)
 
 

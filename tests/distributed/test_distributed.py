@@ -3,7 +3,6 @@
 What the arguments are checked for, and what happens when a rank leaves the other alone, stands here.
 """
 
-import ast
 import functools
 import json
 import subprocess
@@ -11,46 +10,22 @@ import sys
 import tempfile
 from pathlib import Path
 
-import builds
 import pytest
 import torch
 import torch.distributed as dist
-from subprocesses import environment
+from ranks import ENVIRONMENT, RANKS, names_of_checks, results
 
 from barlow_fused import BarlowTwinsLoss, barlow_twins_loss
 
 SCRIPT = Path(__file__).with_name("checks.py")
-ENVIRONMENT = environment(OMP_NUM_THREADS="1")
-RANKS = (1, 2, 3, 4)
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this PyTorch has no torch.distributed")
 
 
-def names_of_checks() -> list[str]:
-    """The functions that are decorated with @check; importing them would take a process group."""
-    functions = [node for node in ast.parse(SCRIPT.read_text()).body if isinstance(node, ast.FunctionDef)]
-    return [f.name for f in functions if "check" in map(ast.unparse, f.decorator_list)]
-
-
-@functools.cache
-def results(backend: str, *counts: int) -> dict[int, dict[str, dict[str, str]]]:
-    """What went wrong with so many ranks, {ranks: {check: {rank: traceback}}}, in one run of all checks."""
-    variables = {
-        "triton": lambda: {"TRITON_INTERPRET": "1"},
-        "cuda": lambda: {"BARLOW_FUSED_EMULATED": str(builds.emulated())},
-    }
-    own = variables[backend]() if backend in variables else {}
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(SCRIPT), folder, backend, *map(str, counts)]
-        done = subprocess.run(command, env={**ENVIRONMENT, **own}, capture_output=True, text=True, timeout=400)
-        assert done.returncode == 0, done.stderr[-5000:]
-        return {ranks: json.loads(Path(folder, f"{ranks}.json").read_text()) for ranks in counts}
-
-
 @pytest.mark.parametrize("ranks", RANKS)
-@pytest.mark.parametrize("name", names_of_checks())
+@pytest.mark.parametrize("name", names_of_checks(SCRIPT))
 def test_on_every_rank(name: str, ranks: int) -> None:
-    problems = results("torch", *RANKS)[ranks][name]
+    problems = results(SCRIPT, "torch", *RANKS)[ranks][name]
     assert not problems, "\n".join(f"rank {rank}: {text}" for rank, text in problems.items())
 
 
@@ -126,7 +101,7 @@ def test_the_backends_of_kernels(backend: str) -> None:
     """In Triton's interpreter, and compiled for the CPU."""
     if backend == "triton":
         pytest.importorskip("triton", reason="needs the package triton")
-    problems = results(backend, 2)[2]
+    problems = results(SCRIPT, backend, 2)[2]
     assert len(problems) == 4
     assert not any(problems.values()), problems
 

@@ -27,6 +27,21 @@ RUNS = {
     "last layer": ["--projector", "64-256", "--fused-projector"],
     "last layer accumulated": ["--projector", "8-96", "--accumulate", "2", "--fused-projector"],
     "last layer official": [*SGD, "--lr-biases", "2e-3", "--gradient", "official", "--fused-projector"],
+    "sharded": ["--projector", "64-256", "--shard-projector"],
+    "sharded sgd": [*SGD, "--lr-biases", "2e-3", "--gradient", "official", "--shard-projector"],
+    "sharded adamw": [
+        "--projector",
+        "64-90",
+        "--optimizer",
+        "adamw",
+        "--lr-weights",
+        "1e-3",
+        "--lr-biases",
+        "1e-3",
+        "--shard-projector",
+    ],
+    "sharded accumulated": ["--projector", "8-96", "--accumulate", "2", "--shard-projector", "--fused-projector"],
+    "sharded lars": ["--projector", "64-97", "--optimizer", "lars", "--shard-projector", "--fused-projector"],
     "own batch norm": ["--projector", "64-256", "--no-sync-batch-norm"],
 }
 
