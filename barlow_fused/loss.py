@@ -45,8 +45,10 @@ def barlow_twins_loss(
 
     Args:
         z_a: Projector outputs of the first view, (N, D) with N >= 2. float32, float64, bfloat16 or float16; any
-            strides.
-        z_b: Projector outputs of the second view. Same shape, dtype and device as ``z_a``.
+            strides. A DTensor has the placement ``Shard(0)``, ``Shard(1)``, both on two dimensions of a mesh, or
+            ``Replicate()``: N and D then count what all ranks have, the loss is a plain scalar on every rank, and the
+            gradients are exactly dL/dz (docs/sharded.md). Then ``group`` and ``gradient`` must not be given.
+        z_b: Projector outputs of the second view. Same shape, dtype, device and placements as ``z_a``.
         lambd: Weight of the off-diagonal (redundancy reduction) sum. ``suggest_lambda`` fits it to N and D.
         scale: Factor on the whole loss.
         normalization: How to standardise each feature over the N samples. ``"batch_norm"``: biased variance, eps = 1e-5

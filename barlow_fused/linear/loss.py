@@ -50,7 +50,8 @@ def linear_barlow_twins_loss(
             float64, bfloat16 or float16; any strides. Autocast casts them and the weight, as it does for ``nn.Linear``.
         h_b: Those of the second view. Same shape, dtype and device as ``h_a``.
         weight: That layer's weight, (D, H), as ``nn.Linear`` has it, of the same dtype. There is no bias: standardising
-            removes it.
+            removes it. A DTensor with its rows in shards, ``Shard(0)``, goes with activations that are DTensors of the
+            same mesh, ``Shard(0)`` or ``Replicate()`` (docs/sharded.md).
         lambd: As in ``barlow_twins_loss``.
         scale: As in ``barlow_twins_loss``.
         normalization: As in ``barlow_twins_loss``.
