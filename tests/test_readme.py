@@ -36,3 +36,18 @@ def test_the_table_of_presets_is_that_of_the_presets():
         wanted = [preset["lr_weights"], preset["lr_biases"]][: len(rates)]  # for each 256 images
         got = [float(re.sub("^biases ", "", rate)) for rate in rates]
         assert got == pytest.approx([rate * preset["batch_size"] / 256 for rate in wanted])
+
+
+def test_the_table_of_environment_variables_has_all_of_them():
+    sources = [*(ROOT / "barlow_fused").rglob("*.py"), ROOT / "setup.py"]
+    read = {name for path in sources for name in re.findall(r"BARLOW_FUSED_[A-Z_]*[A-Z]", path.read_text())}
+    listed = re.findall(r"^\| `(BARLOW_FUSED_\w+)`", (ROOT / "docs" / "reference.md").read_text(), re.MULTILINE)
+    assert set(listed) == read
+
+
+def test_the_table_of_commands_has_all_of_them():
+    from barlow_fused.__main__ import _parser
+
+    (commands,) = (action for action in _parser()._actions if action.metavar == "command")
+    listed = re.findall(r"^\| `barlow-fused (\w+)`", (ROOT / "docs" / "reference.md").read_text(), re.MULTILINE)
+    assert listed == list(commands.choices)
