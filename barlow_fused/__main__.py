@@ -6,6 +6,7 @@ Also installed as ``barlow-fused``. Nothing here imports PyTorch before a comman
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -110,6 +111,13 @@ class _PrintCompletion(argparse.Action):
             import shtab
         except ModuleNotFoundError:
             parser.error(f"{option_string} needs shtab: pip install 'barlow-fused[completion]'")
+        commands = next(action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+        with contextlib.suppress(ModuleNotFoundError):  # without the extra there is nothing to complete
+            from .train import config, probe_flags
+
+            for name, flags in (("train", config.parser()), ("evaluate", probe_flags.parser())):
+                for action in flags._actions:
+                    commands.choices[name]._add_action(action)
         print(shtab.complete(parser, shell))
         parser.exit()
 
@@ -192,6 +200,9 @@ def _train(command: str, argv: list[str]) -> int:
             parse_args(argv)  # --help and wrong flags are answered before PyTorch is loaded
             from .train import main
         else:
+            from .train.probe_flags import parse_args
+
+            parse_args(argv)
             from .train.probe import main
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] == "barlow_fused":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import importlib.util
 import json
 import os
 import subprocess
@@ -101,7 +102,16 @@ def test_without_arguments_it_says_what_there_is(capsys):
 
 @pytest.mark.parametrize(
     "argv",
-    [["--help"], ["--version"], ["plan", "--help"], ["train", "--help"], [], ["plan"], ["train", "--batch-size", "1"]],
+    [
+        ["--help"],
+        ["--version"],
+        ["plan", "--help"],
+        ["train", "--help"],
+        ["evaluate", "-h"],
+        [],
+        ["plan"],
+        ["train", "--batch-size", "1"],
+    ],
 )
 def test_what_needs_no_torch_does_not_load_it(argv):
     """So that --help takes a twentieth of a second."""
@@ -125,6 +135,8 @@ def test_completion(shell, capsys):
     assert exit_.value.code == 0
     script = capsys.readouterr().out
     assert all(word in script for word in ("doctor", "world-size", "bfloat16"))
+    if importlib.util.find_spec("tomli_w"):
+        assert all(word in script for word in ("kappa", "lr-classifier"))
 
 
 def test_completion_without_its_extra_says_what_to_install(monkeypatch, capsys):

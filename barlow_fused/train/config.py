@@ -177,18 +177,18 @@ class Config(MonitorConfig, OptimizerConfig, LossConfig, ModelConfig, DataConfig
 SECTIONS = (RunConfig, DataConfig, ModelConfig, LossConfig, OptimizerConfig, MonitorConfig)
 
 
-def parse_args(argv: Sequence[str] | None = None) -> Config:
-    """The configuration that a command line asks for; a bad one ends the process with code 2, as argparse does."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """All flags."""
+    made = argparse.ArgumentParser(
         prog="python -m barlow_fused train",
         description="Pretrain an encoder with the Barlow Twins loss. Several GPUs: torchrun --nproc-per-node 8 -m "
         "barlow_fused train ...",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of any of these, as a run's config.toml")
+    made.add_argument("--config", type=Path, metavar="FILE", help="TOML file of any of these, as a run's config.toml")
     for section in SECTIONS:
-        group = parser.add_argument_group(section.__doc__)
+        group = made.add_argument_group(section.__doc__)
         for field in dataclasses.fields(section):
             kind, choices, description = FIELDS[field.name]
             shown = "" if field.default is None or kind is bool else f" (default: {field.default})"
@@ -196,14 +196,20 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
             if not choices and kind is not bool:
                 options["metavar"] = kind.__name__.upper()
             group.add_argument(flag_name(field.name), help=(description + shown).replace("%", "%%"), **options)
-    flags = vars(parser.parse_args(argv))
+    return made
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Config:
+    """The configuration that a command line asks for; a bad one ends the process with code 2, as argparse does."""
+    made = parser()
+    flags = vars(made.parse_args(argv))
     file = flags.pop("config", None)
     try:
         if "resume" in flags:
             return resumed(flags, file)
         return combine(read_toml(file) if file else {}, flags)
     except ConfigError as error:
-        parser.error(str(error))
+        made.error(str(error))
 
 
 def combine(*layers: Mapping[str, Any]) -> Config:

@@ -8,14 +8,12 @@ batch norms use their running statistics. Written digits are neither cropped nor
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -28,20 +26,11 @@ from .config import Config, ConfigError, combine, read_toml
 from .datasets import Images, UnreadableImageError
 from .evaluate import forward
 from .loader import Plain, Unreadable, derive, generator, own_randomness
+from .probe_flags import Settings, parse_args
 from .processes import Processes
 from .report import Progress
 
 ALONE = Processes(rank=0, local_rank=0, count=1)
-
-
-class Settings(NamedTuple):
-    """The official protocol's numbers."""
-
-    epochs: int = 100
-    batch_size: int = 256
-    lr_classifier: float = 0.3
-    weight_decay: float = 1e-6
-    seed: int = 0
 
 
 class Crops(Plain):
@@ -59,30 +48,10 @@ class Crops(Plain):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m barlow_fused evaluate",
-        description="Train a linear classifier on the frozen backbone of a run (the official protocol), and test it.",
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
-    for name, default in Settings()._asdict().items():
-        text = f"(default: {default})"
-        parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default, help=text)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--data-dir", type=Path, help="where torchvision's data sets are (default: as in the run)")
-    arguments = vars(parser.parse_args(argv))
-    run, device, data_dir = (arguments.pop(name) for name in ("run", "device", "data_dir"))
-    if min(arguments["epochs"], arguments["batch_size"]) < 1:
-        parser.error("--epochs and --batch-size must be at least 1")
-    if not 0 < arguments["lr_classifier"] < math.inf:
-        parser.error(f"--lr-classifier must be finite and more than 0; got {arguments['lr_classifier']}")
-    if not 0 <= arguments["weight_decay"] < math.inf:
-        parser.error(f"--weight-decay must be finite and at least 0; got {arguments['weight_decay']}")
-    if not 0 <= arguments["seed"] < 2**31:
-        parser.error(f"--seed must be from 0 to 2^31 - 1; got {arguments['seed']}")
+    run, changes, settings = parse_args(argv)
     try:
-        changes = {"device": device} | ({"data_dir": data_dir} if data_dir else {})
         config = combine(read_toml(run / "config.toml"), changes)
-        probe(run, config, Settings(**arguments), Console())
+        probe(run, config, settings, Console())
     except (ConfigError, CheckpointError, UnreadableImageError) as error:
         print(f"python -m barlow_fused evaluate: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
