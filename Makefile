@@ -61,6 +61,8 @@ verify-gpu: $(READY)
 # Every link of a page is checked, and whatever zensical warns of is an error. EXTERNAL_LINKS=1 make docs follows the
 # links to other sites, too.
 docs: $(READY)
+	@$(RUN) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "make docs and make lint need Python 3.11 or newer: PYTHON=/path/to/python3, after make clean"; exit 1; }
 	$(VENV)/bin/zensical build --clean --strict
 	$(VENV)/bin/linkchecker --no-status $(if $(EXTERNAL_LINKS),--check-extern) build/site/index.html
 

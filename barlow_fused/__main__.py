@@ -187,6 +187,9 @@ def _seconds(text: str) -> float:
 def _train(command: str, argv: list[str]) -> int:
     try:
         if command == "train":
+            from .train.config import parse_args
+
+            parse_args(argv)  # --help and wrong flags are answered before PyTorch is loaded
             from .train import main
         else:
             from .train.probe import main

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from . import scalars
 from .normalization import Normalization
+from .scalars import integer as integer
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -123,23 +123,4 @@ def check_weight(weight: Tensor, h: Tensor, min_features: int = 1) -> None:
 
 def finite(name: str, value: float) -> float:
     """A finite number, as a float. Where a call is compiled it may be a symbol, whose value the operators check."""
-    if torch.compiler.is_compiling():
-        return value
-    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, Real)):
-        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
-    try:
-        number = float(value)
-    except OverflowError:  # an int or a fraction beyond float64
-        number = math.inf
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite, got {value if isinstance(value, float) else number}")
-    return number
-
-
-def integer(name: str, value: int, least: int) -> int:
-    """A whole number of at least ``least``, as an int."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__} ({value!r})")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    return int(value)
+    return value if torch.compiler.is_compiling() else scalars.finite(name, value)

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .arguments import finite, integer
+from .scalars import finite, integer
 
 KAPPA_WARNING = 0.5  # C_ii is pulled to 2/3
 

@@ -160,7 +160,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         axes.set_xticks(widths, [str(d) for d in widths], rotation=45)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    time_axes.legend()
+    time_axes.legend(loc="upper left")
     figure.savefig(path, dpi=110, metadata={pictures.DIGEST: digest(report)} if path.suffix == ".png" else None)
 
 

@@ -75,7 +75,7 @@ def as_before(tmp_path, monkeypatch) -> Iterator[None]:
 @pytest.mark.usefixtures("as_before")
 @pytest.mark.parametrize("path", DOCUMENTS, **BY_NAME)
 def test_the_code_of_a_document_runs(path):
-    for module in {"lightly", "monai"} & set(re.findall(r"from (\w+)", path.read_text())):
+    for module in {"lightly", "monai"} & set(re.findall(r"(?:from |patch\(.)(\w+)", path.read_text())):
         pytest.importorskip(module)
     assert all(len(reason) > 5 for reason in run_all(read(path)))
 

@@ -7,7 +7,23 @@ of them), ``checkpoint.py``, ``evaluate.py`` (k-nearest neighbours), ``probe.py`
 (what is printed), ``pictures.py``. It needs the extra: ``pip install 'barlow-fused[train]'``.
 """
 
-from .config import Config
-from .trainer import main, train
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import Config
+    from .trainer import main, train
 
 __all__ = ["Config", "main", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """Each when it is asked for: the flags need no PyTorch."""
+    if name == "Config":
+        from .config import Config
+
+        return Config
+    if name in ("main", "train"):
+        from . import trainer
+
+        return getattr(trainer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
