@@ -93,7 +93,7 @@ def barlow_twins_loss(
 
 
 def _loss(z_a: Tensor, z_b: Tensor, options: Options) -> Tensor | BarlowTwinsTerms:
-    if hasattr(z_a, "device_mesh") or hasattr(z_b, "device_mesh"):  # DTensors
+    if any_dtensor(z_a, z_b):
         from .distributed import sharded
 
         (z_a, z_b), options, shards = sharded.views(z_a, z_b, options)
@@ -184,6 +184,11 @@ def cross_correlation(
     dtype = torch.promote_types(z_a.dtype, torch.float32)
     with torch.autocast(z_a.device.type, enabled=False):
         return reference_cross_correlation(z_a.to(dtype), z_b.to(dtype), convention)
+
+
+def any_dtensor(*inputs: object) -> bool:
+    """Whether one of them is a DTensor, whose module not everyone has to load."""
+    return any(isinstance(x, Tensor) and hasattr(x, "device_mesh") for x in inputs)
 
 
 def shards_of(options: Options) -> Shards | None:

@@ -25,11 +25,6 @@ from ..arguments import Options, check_group_options
 from .agreement import Shards
 
 
-def is_sharded(*inputs: object) -> bool:
-    """Whether any of them is a DTensor."""
-    return any(isinstance(x, DTensor) for x in inputs)
-
-
 def views(z_a: DTensor, z_b: DTensor, options: Options) -> tuple[tuple[Tensor, Tensor], Options, Shards | None]:
     """A rank's parts of two views, differentiable, and who has the others' (None: it has everything).
 

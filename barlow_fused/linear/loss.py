@@ -11,7 +11,7 @@ from ..arguments import Options, check_group_options, check_inputs, check_weight
 from ..backends.operations import Spec
 from ..choice import choose_backend
 from ..function import apply
-from ..loss import BarlowTwinsLoss, shards_of
+from ..loss import BarlowTwinsLoss, any_dtensor, shards_of
 from ..normalization import Normalization, resolve_normalization
 from ..reference import BarlowTwinsTerms, reference_loss
 from .route import choose_linear_route, hidden_rate
@@ -89,7 +89,7 @@ def linear_barlow_twins_loss(
 def _loss(
     h_a: Tensor, h_b: Tensor, weight: Tensor, options: Options, chunk_features: int | None
 ) -> Tensor | BarlowTwinsTerms:
-    if hasattr(weight, "device_mesh") or hasattr(h_a, "device_mesh") or hasattr(h_b, "device_mesh"):  # DTensors
+    if any_dtensor(h_a, h_b, weight):
         from ..distributed import sharded
 
         (h_a, h_b, weight), options, shards = sharded.last_layer(h_a, h_b, weight, options)
