@@ -120,12 +120,12 @@ def test_half_precision(precision, several, tmp_path):
 
 def test_a_process_has_its_share_of_the_memory(several):
     """Of weight, gradient, momentum and embeddings at four processes at most a third of what one needs."""
-    needed = {1: shard_processes.needs(1), 4: json.loads((several / "needed.json").read_text())}
+    needed = {count: json.loads((several / f"needed-{count}.json").read_text()) for count in (1, 4)}
     assert needed[4] < needed[1] / 3
     for count, measured in needed.items():
         made = step_plan(64, "512-131072", device="cpu", world_size=count, optimizer="lars", features=128)
         predicted = (made.sharded if count > 1 else made.data_parallel).memory
-        assert 0.8 < predicted / measured < 1.2
+        assert 0.7 < predicted / measured < 1.4
 
 
 def test_a_shard_that_is_damaged_or_missing_is_noticed(several, tmp_path):
