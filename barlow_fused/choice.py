@@ -1,9 +1,9 @@
 """Which route and which backend a call takes.
 
 A choice is made in this order: the argument of the call, then :func:`configure`, then the environment variables
-``BARLOW_FUSED_ROUTE`` and ``BARLOW_FUSED_BACKEND`` as they were when this module was loaded, then the rule for ``"auto"``. The route
-follows from the shape. The backend follows from the record of this GPU, which says what is right on it and what is the
-fastest; without a record it is PyTorch's operators. A call never waits for a verification, unless
+``BARLOW_FUSED_ROUTE`` and ``BARLOW_FUSED_BACKEND`` as they were when this module was loaded, then the rule for
+``"auto"``. The route follows from the shape. The backend follows from the record of this GPU, which says what is right
+on it and what is the fastest; without a record it is PyTorch's operators. A call never waits for a verification, unless
 ``BARLOW_FUSED_VERIFY=block`` says so.
 """
 
