@@ -31,19 +31,26 @@ def test_on_every_rank(name: str, ranks: int) -> None:
 
 LEFT_ALONE = """
 import datetime, json, os, sys, time, traceback, torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 from barlow_fused import barlow_twins_loss
-import barlow_fused.backends.torch_partial, barlow_fused.distributed
+import barlow_fused.backends.torch_partial, barlow_fused.distributed.sharded
 
 def on_rank(folder, what, rank):
     store = dist.FileStore(os.path.join(folder, what), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=datetime.timedelta(seconds=4))
     torch.set_num_threads(1)
+    mesh = init_device_mesh("cpu", (2,)) if "shards" in what else None
     for step in range(3):
         odd = rank == 1 and step == 1
         z_a, z_b = (torch.randn(8, 100, requires_grad=True) for _ in range(2))
-        if odd and what == "is killed before":
+        if odd and what.startswith("is killed before"):
             os._exit(0)
-        loss = barlow_twins_loss(z_a, z_b, group="world", gradient="official")
+        if mesh is None:
+            loss = barlow_twins_loss(z_a, z_b, group="world", gradient="official")
+        else:
+            views = (DTensor.from_local(z, mesh, [Shard(1)], run_check=False) for z in (z_a, z_b))
+            loss = barlow_twins_loss(*views, route="direct" if "direct" in what else "gram")
         if odd and what == "is killed after":
             os._exit(0)
         if odd and what == "skips backward and waits":
@@ -69,6 +76,7 @@ codes = {f"{what} {rank}": os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for 
 print(json.dumps(codes))
 """
 ENDINGS = ("is killed before", "is killed after", "skips backward and waits", "skips backward and goes on")
+ENDINGS += ("is killed before, features in shards", "is killed before, features in shards, direct")
 
 
 @functools.cache

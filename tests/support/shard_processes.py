@@ -19,7 +19,11 @@ from barlow_fused.train import config, main, model, optim, processes, shards, st
 
 COMMON = ["--precision", "fp64", "--batch-size", "48", "--warmup-epochs", "0.05", "--device", "cpu"]
 COMMON += ["--checkpoint-every", "10", "--projector", "48-99"]
-HALVES = {"bf16": ["--precision", "bf16"], "fp16": ["--precision", "fp16", "--accumulate", "2"]}
+PRECISIONS = {
+    "fp32": ["--precision", "fp32"],
+    "bf16": ["--precision", "bf16"],
+    "fp16": ["--precision", "fp16", "--accumulate", "2"],
+}
 
 
 def quiet() -> None:
@@ -107,7 +111,7 @@ def on_two(folder: Path) -> None:
     overflow_at = processes.start("cpu")
     assert overflow_at.count == 2
     overflow()
-    for name, flags in HALVES.items():
+    for name, flags in PRECISIONS.items():
         run(folder / name, "--shard-projector", "--steps", "5", *flags)
         run(folder / f"{name} fused", "--shard-projector", "--fused-projector", "--steps", "5", *flags)
 
