@@ -5,6 +5,7 @@ python tests/support/shard_processes.py FOLDER
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
@@ -48,7 +49,8 @@ def resident(field: str) -> int:
 
 
 def forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
+    with contextlib.suppress(OSError):  # where it is not allowed: the beginning took less than a step does
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def needs(count: int, width: int = 131072, hidden: int = 512, n: int = 64) -> int:
