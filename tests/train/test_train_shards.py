@@ -127,7 +127,7 @@ def test_a_process_has_its_share_of_the_memory(several):
     for count, measured in needed.items():
         made = step_plan(64, "512-131072", device="cpu", world_size=count, optimizer="lars", features=128)
         predicted = (made.sharded if count > 1 else made.data_parallel).memory
-        assert 0.7 < predicted / measured < 1.4
+        assert 0.6 < predicted / measured < 1.6  # docs/sharded.md has what was measured
 
 
 def test_a_shard_that_is_damaged_or_missing_is_noticed(several, tmp_path):
