@@ -5,7 +5,7 @@ them: a block of its rows. In the backward pass they are sent once more, for dL/
 a rank makes the blocks of its columns of C again, one at a time, for dL/dB_hat: 8 N D^2 / P FLOPs in place of 6. Where
 samples are in shards as well, statistics are combined and every block is summed over them.
 
-Only D < 2 N comes here, so a rank never holds more than D^2 / P numbers and two shards of (N, D / P).
+"auto" comes here with D < 2 N. A rank holds D^2 / P numbers of C, a block of it, and a few arrays of (N, D / P).
 """
 
 from __future__ import annotations
