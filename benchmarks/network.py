@@ -30,6 +30,7 @@ import torch.multiprocessing
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from barlow_fused import barlow_twins_loss
 from barlow_fused.planning.cost import Cost, Problem
@@ -41,7 +42,7 @@ from barlow_fused.planning.step import features_collectives, step_plan
 from . import machine
 
 STEPS = 3
-HIDDEN = 512  # units before the last layer in shards
+HIDDEN = 512  # units before the last layer in shards, and before those
 PORT = 29517
 INSIDE = "BARLOW_FUSED_OWN_NETWORK"  # set in the process that has a network of its own
 
@@ -95,14 +96,17 @@ def _rank(rank: int, arguments: argparse.Namespace) -> None:
         views = [DTensor.from_local(z.reshape(n, d // ranks), mesh, [Shard(1)], run_check=False) for z in (a, b)]
         return barlow_twins_loss(*views, route="gram", backend="torch")
 
-    def of_layer(a: Tensor, b: Tensor) -> Tensor:  # a step of the last layer in shards, as the trainer's
+    def of_step(a: Tensor, b: Tensor) -> Tensor:  # a layer data parallel and the last in shards, as the trainer's
         weight = layer.to(a.dtype)
-        views = [DTensor.from_local(h[:, :HIDDEN].contiguous(), mesh, [Shard(0)], run_check=False) for h in (a, b)]
-        z = [nn.functional.linear(h.redistribute(placements=[Replicate()]), weight) for h in views]
-        return barlow_twins_loss(*z, route="gram", backend="torch")
+        own = [h.to(a.dtype) for h in before(torch.cat([z[:, :HIDDEN] for z in (a, b)]).float()).chunk(2)]
+        views = [DTensor.from_local(h, mesh, [Shard(0)], run_check=False) for h in own]
+        whole = torch.cat([view.redistribute(placements=[Replicate()]) for view in views])
+        return barlow_twins_loss(*nn.functional.linear(whole, weight).chunk(2), route="gram", backend="torch")
 
     mesh = init_device_mesh("cpu", (ranks,))
-    layer = distribute_tensor(torch.randn(d, HIDDEN), mesh, [Shard(0)])
+    layer = nn.Parameter(distribute_tensor(torch.randn(d, HIDDEN), mesh, [Shard(0)]))
+    modules = nn.Linear(HIDDEN, HIDDEN, bias=False), nn.BatchNorm1d(HIDDEN), nn.ReLU()
+    before = DistributedDataParallel(nn.Sequential(*modules), broadcast_buffers=False, gradient_as_bucket_view=True)
     rows: list[tuple[str, Callable[[Tensor, Tensor], Tensor], torch.dtype, Cost]] = []
     for dtype in (torch.float32, torch.bfloat16):
         for route in ("gram", "direct"):
@@ -112,11 +116,11 @@ def _rank(rank: int, arguments: argparse.Namespace) -> None:
         problem = Problem(n, d, dtype, resolve_device("h200"), ranks, "gram")
         sent = sum(Network().sent(c.kind, c.size, ranks) for c in features_collectives(problem, "torch"))
         rows.append(("features", of_features, dtype, dataclasses.replace(made.fused, sent_bytes=sent)))
-        of_step = step_plan(n, f"{HIDDEN}-{d}", dtype, "h200", ranks, route="gram", backend="torch").sharded
+        shape = f"{HIDDEN}-{d}"
+        step = step_plan(n, shape, dtype, "h200", ranks, features=HIDDEN, route="gram", backend="torch").sharded
         kinds = {"reduce_scatter": "all_reduce"}  # which Gloo makes of it; NCCL sends half of that
-        own = [c for c in of_step.collectives if c.what != "gradients"]
-        sent = sum(Network().sent(kinds.get(c.kind, c.kind), c.size, ranks) for c in own)
-        rows.append(("layer", of_layer, dtype, dataclasses.replace(made.fused, sent_bytes=sent)))
+        sent = sum(Network().sent(kinds.get(c.kind, c.kind), c.size, ranks) for c in step.collectives)
+        rows.append(("step", of_step, dtype, dataclasses.replace(made.fused, sent_bytes=sent)))
     rows.append(("usual", usual_loss, torch.float32, plan(n, d, device="h200", world_size=ranks).usual))
     if rank == 0:
         own = "of its own" if os.environ[INSIDE] == "1" else "shared with other programs"

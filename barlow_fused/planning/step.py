@@ -2,18 +2,22 @@
 
 What stands before the projector (the backbone) is not counted. Samples are shared over P ranks, N together. A layer of
 I x O weights takes 12 n I O FLOPs for n samples of two views, forward and backward. Data parallel, every rank holds the
-last layer's D H weights, their gradient and their optimiser state in float32, and sums the gradient over the ranks; in
+last layer's D H weights, their gradient and their optimiser state, and sums the gradient over the ranks; in
 shards it has a P-th of them, gathers the hidden activations, (N, H) of each view, and sums their gradients back.
 
     memory, bytes       data parallel            in shards
     weights             4 (all)                  4 (others + D H / P)          optimiser the same k times
-    gradients           12 (all)                 12 (others + D H / P)         of each view, and their sum
+    gradients           4 (all)                  4 (others + D H / P)          buckets the same, data parallel
+    cast                s D H                    s D H / P                     the last layer's weight, in halves
+    update              4 D H                    4 D H / P                     the optimiser's scratch
     embeddings          4 n D s                  4 N (D / P) s                 two views and their gradients
     gathered            -                        4 N H s                       h and its gradient
     layers before       10 n (widths) s          the same                      what their backward pass needs
     loss                its peak beyond z (cost.py); with features in shards of (N, D / P)
 
-s is the size of a number in the activations' dtype, k the optimiser's: 1 for sgd and lars, 2 for adamw.
+s is the size of a number in the activations' dtype, k the optimiser's: 1 for sgd and lars, 2 for adamw. Not all of it
+is there at once (``StepCost.memory``): first the embeddings and what the loss needs, then the last layer's gradient
+and that of the embeddings, then the gradients and the update.
 """
 
 from __future__ import annotations
@@ -45,7 +49,10 @@ class StepCost:
     flops: int
     weights: int  # bytes, as all that follow
     gradients: int
+    buckets: int
+    cast: int
     optimizer: int
+    update: int
     embeddings: int
     gathered: int
     before: int
@@ -57,8 +64,12 @@ class StepCost:
     @property
     def memory(self) -> int:
         """Bytes at the peak."""
-        parts = (self.weights, self.gradients, self.optimizer, self.embeddings, self.gathered, self.before, self.loss)
-        return sum(parts)
+        held = self.weights + self.optimizer + self.buckets + self.before + self.gathered
+        return held + max(
+            self.embeddings + self.loss + self.cast,
+            self.embeddings // 2 + self.gradients + self.cast,
+            self.gradients - self.buckets + self.update,
+        )
 
     @property
     def step(self) -> float:
@@ -104,10 +115,11 @@ class StepPlan:
         ]
         for title, field, unit in (
             ("FLOPs", "flops", "FLOP"),
-            *((name, name, "B") for name in ("weights", "gradients", "optimizer", "embeddings", "gathered")),
+            *((name, name, "B") for name in ("weights", "gradients", "buckets", "cast", "optimizer", "update")),
+            *((name, name, "B") for name in ("embeddings", "gathered")),
             ("layers before", "before", "B"),
             ("loss", "loss", "B"),
-            ("memory", "memory", "B"),
+            ("memory, peak", "memory", "B"),
             ("network", "network", "s"),
             ("compute", "compute", "s"),
             ("step", "step", "s"),
@@ -155,7 +167,7 @@ def step_plan(
     Args:
         n: samples of all ranks, divisible by ``world_size``.
         projector: widths of its layers; the last is D, the one before H (``features`` if there is only one).
-        dtype: of the activations; weights, gradients and the optimiser's state are float32.
+        dtype: of the activations; weights, gradients and the optimiser's state are float32 at least.
         optimizer: ``"sgd"``, ``"lars"`` or ``"adamw"``.
         features: what the first layer is given.
         device, world_size, route, backend, network: as for :func:`plan`.
@@ -210,9 +222,11 @@ def _cost(
     *layers, (h, d) = itertools.pairwise(widths)
     before = sum(i * o for i, o in layers) + 2 * sum(o for _, o in layers)
     last = h * d
-    held = before + (-(-last // ranks) if sharded else last)
+    own_last = -(-last // ranks) if sharded else last
+    held = before + own_last
     loss = COSTS[backend](p)
     flops = loss.flops + 12 * n * sum(i * o for i, o in layers) + 12 * p.n * last // ranks
+    width = max(4, s)
     collectives: list[Collective] = []
     if ranks > 1:
         summed = before if sharded else before + last
@@ -222,17 +236,20 @@ def _cost(
             collectives += [Collective(f"dL/dh_{view}", "reduce_scatter", p.n * h * s, backward=True) for view in "ab"]
         else:
             collectives += gram_collectives(p, backend) if p.route == "gram" else direct_collectives(p)
-        collectives.append(Collective("gradients", "all_reduce", 4 * summed, backward=True))
+        collectives.append(Collective("gradients", "all_reduce", width * summed, backward=True))
     shards = 4 * n * d * s if p.route == "gram" and ranks > 1 else 0  # of the all-to-all, which features in shards lack
     peak = loss.peak_memory - (shards if sharded else 0)
     state = OPTIMIZERS[optimizer]
     products = max(flops / p.device.product_rate(p.product_dtype), loss.bytes_moved / p.device.bandwidth)
-    update = 4 * held * (3 + 2 * state) / p.device.bandwidth
+    update = width * held * (3 + 2 * state) / p.device.bandwidth
     return StepCost(
         flops=flops,
-        weights=4 * held,
-        gradients=12 * held,
-        optimizer=4 * held * state,
+        weights=width * held,
+        gradients=width * held,
+        buckets=width * (before if sharded else held) if ranks > 1 else 0,
+        cast=s * own_last if s < width else 0,
+        optimizer=width * held * state,
+        update=width * own_last,
         embeddings=4 * n * d * s,
         gathered=4 * p.n * h * s if sharded and ranks > 1 else 0,
         before=LAYERS_BEFORE * n * sum(o for _, o in layers) * s,

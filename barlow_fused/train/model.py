@@ -58,6 +58,9 @@ class Residual(nn.Module):
 class BarlowTwins(nn.Module):
     """Backbone and projector. As in the official code, each view passes on its own, with its own batch statistics.
 
+    The projector's last layer has none, and takes both views in one product: its gradient, the largest tensor of a wide
+    projector, is then made once, and not once a view and added.
+
     Args:
         backbone: images to representations, [N, C, H, W] -> [N, ``features``].
         projector_widths: of the projector's linear layers; batch norm and ReLU stand between them.
@@ -84,10 +87,9 @@ class BarlowTwins(nn.Module):
 
     def forward(self, y_a: Tensor, y_b: Tensor) -> tuple[Tensor, ...]:  # 2 x [N, C, H, W] -> 2 x [N, D]
         """The projections of two views; or what the last layer makes them of, 2 x [N, H], and its weight, [D, H]."""
-        if self.embeds:
-            return self.projector(self.backbone(y_a)), self.projector(self.backbone(y_b))
         project, last = self.projector[:-1], self.projector[-1]
-        return project(self.backbone(y_a)), project(self.backbone(y_b)), last.weight
+        h_a, h_b = project(self.backbone(y_a)), project(self.backbone(y_b))
+        return last(torch.cat((h_a, h_b))).chunk(2) if self.embeds else (h_a, h_b, last.weight)
 
 
 def build(

@@ -55,8 +55,8 @@ class ShardedLoss:
         arguments = {"lambd": self.config.lambd, "return_terms": True}
         if self.config.fused_projector:
             return linear_barlow_twins_loss(*views, weight, **arguments)
-        z = [nn.functional.linear(view.redistribute(placements=[Replicate()]), weight) for view in views]
-        return barlow_twins_loss(*z, **arguments)
+        whole = torch.cat([view.redistribute(placements=[Replicate()]) for view in views])
+        return barlow_twins_loss(*nn.functional.linear(whole, weight).chunk(2), **arguments)
 
 
 class _ScaledGradient(torch.autograd.Function):

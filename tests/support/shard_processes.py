@@ -5,7 +5,6 @@ python tests/support/shard_processes.py FOLDER
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import sys
@@ -15,8 +14,9 @@ import forked
 import torch
 import torch.distributed as dist
 from torch import nn
+from tracing import Trace
 
-from barlow_fused.train import config, main, model, optim, processes, shards, step, trainer
+from barlow_fused.train import checkpoint, config, main, model, optim, processes, shards, step, trainer
 
 COMMON = ["--precision", "fp64", "--batch-size", "48", "--warmup-epochs", "0.05", "--device", "cpu"]
 COMMON += ["--checkpoint-every", "10", "--projector", "48-99"]
@@ -25,6 +25,9 @@ PRECISIONS = {
     "bf16": ["--precision", "bf16"],
     "fp16": ["--precision", "fp16", "--accumulate", "2"],
 }
+MEMORY_SHAPES = {"fp32": (64, 512, 131072), "bf16": (16, 512, 32768)}  # images, H, D; halves are slow on CPUs
+FEATURES = model.TinyResNet.features
+MEMORY_RUNS = [(sharded, *run) for sharded in (False, True) for run in (("fp32", "lars"), ("bf16", "sgd"))]
 
 
 def quiet() -> None:
@@ -42,39 +45,54 @@ def go_on(out: Path, steps: int = 20, *flags: str) -> None:
     assert main(["--resume", str(out), "--steps", str(steps), *flags]) == 0
 
 
-def resident(field: str) -> int:
-    """Bytes of this process in memory: VmRSS now, VmHWM at most since ``forget_peak``."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return 1024 * int(line.split()[1])
-
-
-def forget_peak() -> None:
-    with contextlib.suppress(OSError):  # where it is not allowed: the beginning took less than a step does
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def needs(count: int, width: int = 131072, hidden: int = 512, n: int = 64) -> int:
-    """Bytes of a process at its peak in steps of a wide last layer: weight, gradient, momentum and embeddings."""
-    if width > 64:
-        needs(count, 64)  # what is loaded once is not counted
-    flags = {"projector": f"{hidden}-{width}", "batch_size": n, "device": "cpu", "fused_projector": False}
-    settings = config.combine({**flags, "optimizer": "lars"})
-    by = processes.Processes(dist.get_rank() if count > 1 else 0, 0, count)
+def needs(by: processes.Processes, sharded: bool, precision: str, optimizer_name: str) -> int:
+    """Bytes that operators allocate at their peak, in steps of a wide last layer."""
+    n, hidden, width = MEMORY_SHAPES[precision]
+    device = torch.device("cpu")
+    settings = config.combine({
+        "projector": f"{hidden}-{width}", "batch_size": n, "device": "cpu", "fused_projector": False,
+        "precision": precision, "optimizer": optimizer_name,
+    })  # fmt: skip
     torch.manual_seed(0)
-    before = resident("VmRSS")
-    network = model.build("tiny", 1, 16, [hidden, width])
-    if count > 1:
-        shards.shard(network, torch.device("cpu"), count)
-    optimizer, scaler = optim.build(network, settings), torch.amp.GradScaler("cpu", enabled=False)
-    wrapped, device = trainer.wrap(network, settings, torch.device("cpu"), by), torch.device("cpu")
-    loss = step.criterion(settings, by, network)
-    stepper = step.Stepper(wrapped, loss, optimizer, scaler, settings, device, by.rank)
-    views = tuple(torch.rand(n // count, 1, 16, 16) for _ in range(2))
-    forget_peak()
-    for number in range(3):
-        stepper.backward([views], number)
-        stepper.update()
-    return resident("VmHWM") - before
+    with Trace() as trace:
+        network = model.build("tiny", 1, 16, [hidden, width])
+        if sharded:
+            shards.shard(network, device, by.count)
+        optimizer, scaler = optim.build(network, settings), torch.amp.GradScaler("cpu", enabled=False)
+        stepper = step.Stepper(
+            trainer.wrap(network, settings, device, by), step.criterion(settings, by, network), optimizer, scaler,
+            settings, device, by.rank,
+        )  # fmt: skip
+        views = tuple(torch.rand(n // by.count, 1, 16, 16) for _ in range(2))
+        trace.peak = 0  # of building the whole layer, before it is cut
+        for number in range(2):
+            stepper.backward([views], number)
+            stepper.update()
+    return trace.peak
+
+
+def start(by: processes.Processes, path: Path) -> float:
+    """The same while a network is built, given the weights of a file, and cut: as multiples of the last layer's."""
+    _, hidden, width = MEMORY_SHAPES["bf16"]
+    with Trace() as trace:
+        network = model.build("tiny", 1, 16, [hidden, width])
+        model.load_weights(network, path)
+        shards.shard(network, torch.device("cpu"), by.count)
+    torch.testing.assert_close(shards.local(network.projector[-1].weight), torch.full((width // by.count, hidden), 0.5))
+    return trace.peak / (4 * hidden * width)
+
+
+def starts(by: processes.Processes, folder: Path) -> dict[str, float]:
+    """From a file of the official layout, and from one in shards."""
+    network = model.build("tiny", 1, 16, list(MEMORY_SHAPES["bf16"][1:]))
+    nn.init.constant_(network.projector[-1].weight, 0.5)
+    if by.first:
+        state = {f"module.{name}": x for name, x in network.state_dict().items()}
+        torch.save({"epoch": 1, "model": state, "optimizer": {}}, folder / "official.pth")
+    shards.shard(network, torch.device("cpu"), by.count)
+    checkpoint.write_state(folder / "shards.pt", {"model": dict(network.state_dict())}, by)
+    by.wait()
+    return {name: start(by, folder / name) for name in ("official.pth", "shards.pt")}
 
 
 def overflow() -> None:
@@ -105,11 +123,16 @@ def overflow() -> None:
 
 
 def memory(folder: Path) -> None:
-    """In processes of its own, since what a process has freed before would not count."""
     by = processes.start("cpu")
-    needed = needs(by.count)
-    if by.first:
-        (folder / f"needed-{by.count}.json").write_text(json.dumps(needed))
+    for sharded, precision, optimizer in MEMORY_RUNS:
+        needed = needs(by, sharded and by.count > 1, precision, optimizer)
+        if by.first:
+            name = f"needed-{by.count}-{sharded}-{precision}-{optimizer}.json"
+            (folder / name).write_text(json.dumps(needed))
+    if by.count == 4:
+        needed = starts(by, folder)
+        if by.first:
+            (folder / "starts.json").write_text(json.dumps(needed))
 
 
 def on_two(folder: Path) -> None:
@@ -149,5 +172,5 @@ def on_three(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    for count, function in ((1, memory), (4, memory), (2, on_two), (4, on_four), (3, on_three)):
+    for count, function in ((1, memory), (2, memory), (4, memory), (2, on_two), (4, on_four), (3, on_three)):
         forked.run(count, function, Path(sys.argv[1]))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import weakref
 
 import torch
+from torch.distributed.tensor import DTensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -24,9 +26,11 @@ class Trace(TorchDispatchMode):
         self.devices = set()  # of all tensors that operators got or made
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(t, DTensor) for t in types):
+            return NotImplemented  # DTensor calls operators of its shards, which come here
         result = func(*args, **(kwargs or {}))
         read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        written = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        written = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor) and not isinstance(x, FakeTensor)]
         inputs = {x.untyped_storage()._cdata for x in read}
         for storage in (x.untyped_storage() for x in written):
             if storage._cdata not in inputs and storage._cdata not in self.alive:
