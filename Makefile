@@ -43,7 +43,7 @@ test-fuzz: $(READY)
 
 test-all: test test-kernels test-fuzz
 
-bench: $(EXTENSION)
+bench: $(if $(wildcard /dev/nvidiactl),$(EXTENSION),$(READY))
 	$(RUN) -m benchmarks $(ARGS)
 
 # Out-of-bounds accesses and races of the CUDA kernels; needs a GPU, and compute-sanitizer of the CUDA toolkit. It sees

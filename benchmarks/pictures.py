@@ -1,4 +1,4 @@
-"""A run as a picture of three panels: time against D, memory against D, and the roofline.
+"""A run as a picture: time against D, memory against D, and, where asked for, the roofline.
 
 A picture's file carries a digest of the numbers that it was drawn from, by which a test tells when it is out of date.
 """
@@ -22,6 +22,7 @@ METHODS = {  # those that are drawn; forced routes and backends of the fused los
     FUSED: "#d95f02",
 }
 MARKERS = {"o": "●", "s": "■", "D": "◆", "^": "▲", "v": "▼", "P": "✚", "*": "★", "X": "✖"}  # of N, in the roofline
+MANY_WIDTHS = 6  # more are named by powers of two
 DIGEST = "Source"  # the field of the file
 
 
@@ -44,11 +45,27 @@ def digest_of(path: Path) -> str | None:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Draws a run, the first two panels at the N that has most shapes."""
+    """Draws a run in three panels, the first two at the N that has most shapes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4.4), layout="constrained")
     time, memory, roofline = figure.subplots(1, 3)
+    _draw_over_d(time, memory, report)
+    _draw_roofline(roofline, report)
+    _finish(figure, report, path)
+
+
+def draw_over_d(report: dict[str, Any], path: Path) -> None:
+    """Draws the first two panels alone."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.9), layout="constrained")
+    _draw_over_d(*figure.subplots(1, 2), report)
+    _finish(figure, report, path)
+
+
+def _draw_over_d(time: Any, memory: Any, report: dict[str, Any]) -> None:
+    """Time and memory at the N that has most shapes."""
     n = Counter(shape["n"] for shape in report["shapes"]).most_common(1)[0][0]
     shapes = sorted((shape for shape in report["shapes"] if shape["n"] == n), key=lambda shape: shape["d"])
     for name, colour in METHODS.items():
@@ -65,16 +82,21 @@ def draw(report: dict[str, Any], path: Path) -> None:
         time.plot(*zip(*floors, strict=True), color="black", linestyle=":", label="floor, roof")
     time.set(title=f"forward + backward, N = {n}", ylabel="ms")
     memory.set(title=f"beyond inputs and gradients, N = {n}", ylabel="MB")
+    widths = [shape["d"] for shape in shapes]
     for axes in (time, memory):
         axes.set(xscale="log", yscale="log", xlabel="D")
-        axes.set_xticks([shape["d"] for shape in shapes], [str(shape["d"]) for shape in shapes])
+        powers = [f"$2^{{{d.bit_length() - 1}}}$" if d.bit_count() == 1 else str(d) for d in widths]
+        axes.set_xticks(widths, powers if len(widths) > MANY_WIDTHS else [str(d) for d in widths])
         axes.minorticks_off()
         if not axes.lines:
             axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center")
-    _draw_roofline(roofline, report)
-    for axes in (time, memory, roofline):
+
+
+def _finish(figure: Any, report: dict[str, Any], path: Path) -> None:
+    for axes in figure.axes:
         axes.grid(alpha=0.3)
-    figure.legend(*time.get_legend_handles_labels(), loc="outside lower center", ncols=len(METHODS) + 1, frameon=False)
+    legend = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*legend, loc="outside lower center", ncols=len(METHODS) + 1, frameon=False)
     hardware = report["machine"]
     where = hardware["gpu"]["name"] if hardware["gpu"] else f"{hardware['cpu']}, {hardware['threads']} threads"
     figure.suptitle(f"{where}, {report['settings']['dtype']}, torch {report['versions']['torch']}", fontsize=10)

@@ -44,6 +44,7 @@ PICTURES_OF = {
     "picture": Picture(
         "benchmark-{}.png", "Time against D, memory against D, roofline", pictures.draw, pictures.digest
     ),
+    "over_d_picture": Picture("benchmark-{}.png", "Time and memory over D", pictures.draw_over_d, pictures.digest),
     "width_picture": Picture("{}.png", "Accuracy over D, κ and N", width_pictures.draw, width_pictures.digest),
     "width_costs_picture": Picture(
         "{}-costs.png", "Time and memory of a step over D", width_pictures.draw_costs, width_pictures.digest
@@ -115,11 +116,14 @@ def tables(run: dict[str, Any], name: str) -> str:
     return _text(run, print_all)
 
 
-def picture(run: dict[str, Any], name: str) -> str:
+def picture(run: dict[str, Any], name: str, view: str = "picture") -> str:
     hardware = run["machine"]
     where = hardware["gpu"]["name"] if hardware["gpu"] else f"{hardware['cpu']}, {hardware['cores']} cores"
-    path = picture_path("picture", name).name
-    return f"![{PICTURES_OF['picture'].alt}: {where}, {run['settings']['dtype']}]({path})"
+    return f"![{PICTURES_OF[view].alt}: {where}, {run['settings']['dtype']}]({picture_path(view, name).name})"
+
+
+def over_d_picture(run: dict[str, Any], name: str) -> str:
+    return picture(run, name, "over_d_picture")
 
 
 def _of_width(view: str) -> Callable[[dict[str, Any], str], str]:
