@@ -94,7 +94,7 @@ def can_launch(kernel: Any, compiled: Any) -> bool:
         and isinstance(kernel, triton.JITFunction)
         and not kernel.pre_run_hooks
         and isinstance(compiled, triton.compiler.CompiledKernel)
-        and compiled.metadata.target.backend == "cuda"
+        and compiled.metadata.target.backend == "cuda"  # NVIDIA's: AMD's is "hip"
     )
 
 
