@@ -96,9 +96,19 @@ class Launch:
         """All arguments by name."""
         return dict(zip(self.kernel.arg_names, self.arguments, strict=False)) | self.options
 
-    def compile(self, arch: int | str) -> Compiled:
-        """As Triton's launcher would: integers of 1 are constants, multiples of 16 are known to be."""
-        about = described(arch)
+    @functools.cached_property
+    def specialization(self) -> str:
+        """What one compiled kernel is told from another by."""
+        return repr((self.name, *self._specialized(small_pointers=False), self._compiler_options()))
+
+    def _compiler_options(self) -> dict[str, int]:
+        return {k: v for k, v in self.options.items() if k in ("num_warps", "num_stages")}
+
+    def _specialized(self, small_pointers: bool) -> tuple[dict, dict, dict]:
+        """Signature, constants and attributes as Triton's launcher makes them.
+
+        Integers of 1 are constants, multiples of 16 are known to be, and AMD's pointers to less than 2 GiB.
+        """
         signature, constants, attributes = {}, {}, {}
         for index, parameter in enumerate(self.kernel.params):
             value, name = self.values[parameter.name], parameter.name
@@ -110,7 +120,7 @@ class Launch:
                     signature[name], constants[name] = "constexpr", value
             elif isinstance(value, torch.Tensor):
                 signature[name], aligned = "*" + TYPES[value.dtype], True
-                small = about.maker == "amd" and value.untyped_storage().nbytes() < 2**31
+                small = small_pointers and value.untyped_storage().nbytes() < 2**31
             elif isinstance(value, TensorDescriptor):
                 signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>".replace(" ", "")
             elif isinstance(value, float):
@@ -120,8 +130,13 @@ class Launch:
                 aligned = value % 16 == 0 and not parameter.do_not_specialize
             if aligned or small:
                 attributes[(index,)] = [["tt.divisibility", 16]] * aligned + [["tt.pointer_range", 32]] * small
-        source = ASTSource(self.kernel, signature, constants, attributes)
-        options = {k: v for k, v in self.options.items() if k in ("num_warps", "num_stages")}
+        return signature, constants, attributes
+
+    def compile(self, arch: int | str) -> Compiled:
+        """As Triton's launcher would."""
+        about = described(arch)
+        source = ASTSource(self.kernel, *self._specialized(small_pointers=about.maker == "amd"))
+        options = self._compiler_options()
         log = io.StringIO()  # of ptxas, which says how many registers it spilled
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.redirect_stdout(log))
@@ -141,8 +156,10 @@ class Launch:
         )
 
 
-def described(arch: int | str) -> Accelerator:
+def described(arch: int | str | Accelerator) -> Accelerator:
     """A GPU by its architecture: 90, "sm_90", "gfx942"."""
+    if isinstance(arch, Accelerator):
+        return arch
     return accelerator.named(f"sm_{arch}" if isinstance(arch, int) or arch.isdigit() else arch)
 
 
@@ -163,7 +180,7 @@ class Recorder:
 
 
 @contextlib.contextmanager
-def recorded(arch: int | str, precision: str = "highest", units: int = 132):  # noqa: ANN201
+def recorded(arch: int | str | Accelerator, precision: str = "highest"):  # noqa: ANN201
     """In this block the backend launches nothing; the list that it yields has what it would have launched there."""
     launches: list[Launch] = []
     with contextlib.ExitStack() as stack:
@@ -171,7 +188,7 @@ def recorded(arch: int | str, precision: str = "highest", units: int = 132):  # 
             recorder = Recorder(getattr(triton_backend, name), launches)
             stack.enter_context(mock.patch.object(triton_backend, name, recorder))
         for owner, name, value in (
-            (accelerator, "of", dataclasses.replace(described(arch), units=units)),
+            (accelerator, "of", described(arch)),
             (accelerator, "tf32", precision != "highest"),
         ):
             stack.enter_context(mock.patch.object(owner, name, return_value=value))
@@ -181,7 +198,7 @@ def recorded(arch: int | str, precision: str = "highest", units: int = 132):  # 
 
 
 def launches_of(
-    arch: int | str,
+    arch: int | str | Accelerator,
     n: int,
     d: int,
     dtype: torch.dtype,

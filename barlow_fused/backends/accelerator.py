@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +35,7 @@ MATRIX_CORES = ("gfx90a", "gfx94", "gfx95", "gfx11", "gfx120")  # AMD's architec
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 AMD_DRIVER = Path("/sys/module/amdgpu/version")
 _AS_IT_IS = contextlib.nullcontext()
+_THREAD = threading.local()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,6 +231,17 @@ def guard(z: Tensor) -> contextlib.AbstractContextManager:
         return _AS_IT_IS
     of_type = module(device)
     return _AS_IT_IS if device.index == of_type.current_device() else of_type.device(device)
+
+
+def bind(device: torch.device) -> None:
+    """Make the device's context this thread's, once: where a thread begins with a tensor descriptor, nothing else has.
+
+    The runtime does it at its first call that is about a stream; this one may also be made while a graph is captured.
+    """
+    bound = _THREAD.__dict__.setdefault("bound", set())
+    if device.type == "cuda" and device not in bound:
+        torch.cuda.is_current_stream_capturing()
+        bound.add(device)
 
 
 def synchronize(device: torch.device) -> None:

@@ -140,4 +140,5 @@ def _value(x: Any, tensors: Sequence[Tensor | None], lambd: float, scale: float)
 def _descriptor(x: Tensor, rows: int, columns: int) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
+    accelerator.bind(x.device)
     return TensorDescriptor.from_tensor(x, [rows, columns])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 import types
 
 import pytest
@@ -180,6 +181,22 @@ def test_the_current_device_is_changed_only_where_it_must_be():
                 pass
         assert entered == [torch.device("xpu", 1)]
         assert accelerator.current_stream(XPU) == 0  # Triton's own launch asks for it
+
+
+def test_a_thread_binds_a_device_once(monkeypatch):
+    """Autograd's threads may begin with a tensor descriptor."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: asked.append(threading.get_ident()))
+
+    def twice():
+        for device in (GPU, GPU, CPU):
+            accelerator.bind(device)
+
+    threads = [threading.Thread(target=twice) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+        thread.join()
+    assert len(asked) == 2
 
 
 @pytest.mark.parametrize(
