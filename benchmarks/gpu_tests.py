@@ -24,8 +24,7 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
-from .machine import ROOT
-
+ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 60.0  # seconds of one test; those on a GPU take a few
 START = 60.0  # of a process, until it has collected the tests
 GRACE = 10.0  # of a process that has closed its end of the pipe, to end by itself
