@@ -46,12 +46,15 @@ test-all: test test-kernels test-fuzz
 bench: $(if $(wildcard /dev/nvidiactl),$(EXTENSION),$(READY))
 	$(RUN) -m benchmarks $(ARGS)
 
-# Out-of-bounds accesses and races of the CUDA kernels; needs a GPU, and compute-sanitizer of the CUDA toolkit. It sees
-# the end of a tensor only where PyTorch does not cut tensors out of larger blocks.
+# Out-of-bounds accesses and races of both backends' kernels; needs a GPU, and compute-sanitizer of the CUDA toolkit. It
+# sees the end of a tensor only where PyTorch does not cut tensors out of larger blocks.
 compute-sanitizer: $(EXTENSION)
-	PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=.:tests/support compute-sanitizer --tool memcheck --report-api-errors no \
-		--error-exitcode 1 $(RUN) tests/gpu/small_shapes_on_gpu.py
-	PYTHONPATH=.:tests/support compute-sanitizer --tool racecheck --error-exitcode 1 $(RUN) tests/gpu/small_shapes_on_gpu.py
+	for backend in cuda triton; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=.:tests/support compute-sanitizer --tool memcheck \
+			--report-api-errors no --error-exitcode 1 $(RUN) tests/support/small_shapes_on_gpu.py $$backend || exit 1; \
+		PYTHONPATH=.:tests/support compute-sanitizer --tool racecheck --error-exitcode 1 \
+			$(RUN) tests/support/small_shapes_on_gpu.py $$backend || exit 1; \
+	done
 
 # All that needs a GPU, within nine minutes: leaves a run and a log in benchmarks/results. On a machine that has PyTorch
 # and the rest already: make verify-gpu RUN=python3 READY=

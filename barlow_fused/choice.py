@@ -110,27 +110,27 @@ def choose_backend(
     backend: str,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
-    capability: tuple[int, int] | None = None,
+    architecture: str | None = None,
     shape: tuple[int, int] | None = None,
     route: str | None = None,
 ) -> str:
     """The backend that runs a call with the argument ``backend`` on tensors of ``device``, ``dtype`` and ``shape``.
 
-    Without a device it may be ``"auto"``. ``capability`` is that of a GPU that need not be on this machine.
+    Without a device it may be ``"auto"``. ``architecture`` is that of a GPU that need not be here.
 
     Raises:
         ValueError: not a backend's name.
         RuntimeError: a backend was forced that cannot run there.
     """
     backend = _resolve("backend", backend, backends.BACKENDS)
-    return backend if device is None else resolve_backend(backend, device, dtype, capability, shape, route)
+    return backend if device is None else resolve_backend(backend, device, dtype, architecture, shape, route)
 
 
 def resolve_backend(
     name: str,
     device: torch.device,
     dtype: torch.dtype | None = None,
-    capability: tuple[int, int] | None = None,
+    architecture: str | None = None,
     shape: tuple[int, int] | None = None,  # (N, D)
     route: str | None = None,
 ) -> str:
@@ -140,10 +140,10 @@ def resolve_backend(
         RuntimeError: it cannot run there.
     """
     if name.startswith("auto"):
-        if dtype is None or shape is None or route is None or capability is not None:
+        if dtype is None or shape is None or route is None or architecture is not None:
             return "torch"  # not known well enough for a record
         return _fastest(device, dtype, route, Cell.of(*shape))
-    reason = backends.why_unusable(name, device, dtype, capability)
+    reason = backends.why_unusable(name, device, dtype, architecture)
     if reason is not None:
         raise RuntimeError(reason)
     return name

@@ -14,6 +14,7 @@ import warnings
 import torch
 
 from . import backends, nvcc
+from .backends import accelerator
 from .choice import choose_backend, choose_route, configured
 from .planning.devices import cpu_model
 from .verification.key import installed, key
@@ -28,7 +29,8 @@ EXTRAS = (
 VARIABLES = (
     *("BARLOW_FUSED_ROUTE", "BARLOW_FUSED_BACKEND", "BARLOW_FUSED_CUDA"),
     *("BARLOW_FUSED_VERIFY", "BARLOW_FUSED_CACHE_DIR"),
-    *("TRITON_INTERPRET", "CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CUDACXX"),
+    *("TRITON_INTERPRET", "CUDA_HOME", "CUDACXX"),
+    *("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK"),
 )
 
 
@@ -36,9 +38,7 @@ def report() -> dict:
     """Everything that :func:`format_report` prints, as plain values: strings, numbers, None for what is not there."""
     with warnings.catch_warnings(record=True) as caught:  # PyTorch warns where a driver is there but cannot be used
         warnings.simplefilter("always")
-        has_gpu = torch.cuda.is_available()
-    gpus = [_gpu(index) for index in range(torch.cuda.device_count())] if has_gpu else []
-    devices = [torch.device("cpu"), *(torch.device("cuda", gpu["index"]) for gpu in gpus)]
+        gpus = accelerator.here()
     return {
         "system": {
             "barlow_fused": __version__,
@@ -52,14 +52,14 @@ def report() -> dict:
         "libraries": {name: _version(name) for name in LIBRARIES},
         "extras": {name: _version(name) for name in EXTRAS},
         "cuda": {
-            "runtime": torch.version.cuda,  # that PyTorch was built for
-            "driver": _driver_version(),
+            "runtime": accelerator.runtime(),  # that PyTorch was built for: CUDA, HIP or XPU
+            "driver": _nvidia_driver() or (accelerator.driver(gpus[0]) if gpus else None),
             "nvcc": nvcc.find(),  # CUDACXX, CUDA_HOME, PATH, then the nvidia-cuda-nvcc wheel
             "extension": _extension(),
             "warning": str(caught[0].message) if caught else None,
         },
-        "gpus": gpus,
-        "backends": {str(device): _backends(device) for device in devices},
+        "gpus": [_gpu(device) for device in gpus],
+        "backends": {str(device): _backends(device) for device in (torch.device("cpu"), *gpus)},
         "settings": {
             "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
             "configured": configured(),
@@ -82,8 +82,8 @@ def format_report(found: dict) -> str:
         ),
         *(_line(name, version or "not installed") for name, version in found["libraries"].items()),
         "",
-        "CUDA",
-        _line("runtime", cuda["runtime"] or "none: this PyTorch is built without CUDA"),
+        "GPUs",
+        _line("runtime", cuda["runtime"] or "none: this PyTorch is built for CPUs"),
         _line("driver", cuda["driver"] or "not found"),
         _line("nvcc", cuda["nvcc"] or "not found"),
         _line("extension", cuda["extension"]),
@@ -91,7 +91,7 @@ def format_report(found: dict) -> str:
     ]
     for gpu in found["gpus"]:
         memory = f"{gpu['memory_bytes'] / 2**30:.0f} GiB"
-        lines.append(_line(f"GPU {gpu['index']}", f"{gpu['name']}, capability {gpu['capability']}, {memory}"))
+        lines.append(_line(gpu["device"], f"{gpu['name']}, {gpu['architecture']}, {memory}"))
     if not found["gpus"]:
         lines.append(_line("GPU", "none that PyTorch can use"))
     for device, on_device in found["backends"].items():
@@ -122,14 +122,14 @@ def _version(distribution: str) -> str | None:
         return None
 
 
-def _gpu(index: int) -> dict:
-    properties = torch.cuda.get_device_properties(index)
-    capability = f"{properties.major}.{properties.minor}"
+def _gpu(device: torch.device) -> dict:
+    about = accelerator.of(device)
     return {
-        "index": index,
-        "name": properties.name,
-        "capability": capability,
-        "memory_bytes": properties.total_memory,
+        "device": str(device),
+        "name": about.name,
+        "maker": about.maker,
+        "architecture": about.architecture,
+        "memory_bytes": about.memory,
     }
 
 
@@ -170,7 +170,7 @@ def _settings_problem() -> str | None:
     return None
 
 
-def _driver_version() -> str | None:
+def _nvidia_driver() -> str | None:
     """Of the NVIDIA driver, by nvidia-smi."""
     smi = shutil.which("nvidia-smi")
     if smi is None:

@@ -18,8 +18,9 @@ pictures.py   a run as a picture
 compare.py    what regressed from one run to another
 readme.py     the tables and pictures of README and docs, from results/
 profile.py    where one call's time goes
-verify.py     everything that needs a GPU, in nine minutes
+verify.py     everything that needs a GPU, in nine minutes: precompile.py, gpu_tests.py (with telling.py), and more
+workers.py    a pool of processes that may crash or hang
 __main__.py   the command line
 
-kernels.py, network.py and scaling.py stand on their own, each with a --help.
+kernels.py, precompile.py, gpu_tests.py, network.py and scaling.py stand on their own, each with a --help.
 """

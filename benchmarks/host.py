@@ -34,7 +34,7 @@ from rich.table import Table
 
 from barlow_fused import BarlowTwinsLoss, backends, function
 from barlow_fused import loss as loss_module
-from barlow_fused.backends import cuda_backend
+from barlow_fused.backends import accelerator, cuda_backend
 
 from .peers import usual_loss
 
@@ -88,14 +88,12 @@ def _as_on_a_gpu() -> Iterator[list[str]]:
         stack.callback(cuda_backend.use, None)
         if importlib.util.find_spec("triton") is not None:
             from barlow_fused.backends import triton_backend, triton_launch
-            from barlow_fused.backends.triton_kernels import configs
 
             for name in KERNELS:
                 silent = _Silent(getattr(triton_backend, name))
                 stack.enter_context(mock.patch.object(triton_backend, name, silent))
             stack.enter_context(mock.patch.object(triton_launch, "can_launch", return_value=True))
-            for name, value in (("architecture", 90), ("multiprocessors", 132), ("has_tma", True)):
-                stack.enter_context(mock.patch.object(configs, name, return_value=value))
+            stack.enter_context(mock.patch.object(accelerator, "of", return_value=accelerator.named("sm_90")))
             triton_backend.forget()
             stack.callback(triton_backend.forget)
             usable.append("triton")

@@ -1,7 +1,8 @@
 """What the kernels became: Triton's, compiled ahead of time, and CUDA's. Neither a GPU nor its driver is needed.
 
 python -m benchmarks.kernels
-python -m benchmarks.kernels --arch 80 --dtype float32 --shape 256x8192 --shape 8192x2048:direct
+python -m benchmarks.kernels --arch gfx942
+python -m benchmarks.kernels --arch sm_80 --dtype float32 --shape 256x8192 --shape 8192x2048:direct
 python -m benchmarks.kernels --cuda                  the installed extension, barlow_fused/_cuda.*.so
 python -m benchmarks.kernels --cuda build/.../_cuda.*.so
 
@@ -38,8 +39,8 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from barlow_fused.backends import accelerator, triton_backend
+from barlow_fused.backends.accelerator import Accelerator
 from barlow_fused.backends.operations import Spec
-from barlow_fused.backends.triton_kernels import configs
 from barlow_fused.normalization import CONVENTIONS, Normalization
 from barlow_fused.planning import cuda
 from barlow_fused.planning.devices import KNOWN
@@ -71,9 +72,9 @@ SHAPES = ("256x8192", "2048x65536", "8192x2048:direct")
 class Compiled:
     """A kernel for one architecture."""
 
-    ptx: str
+    ptx: str  # or AMD's assembly
     shared_memory: int  # bytes
-    spilled: int  # bytes stored and loaded
+    spilled: int  # bytes stored and loaded; AMD: of memory that a thread has for them
     registers: int  # of a thread
 
 
@@ -95,12 +96,23 @@ class Launch:
         """All arguments by name."""
         return dict(zip(self.kernel.arg_names, self.arguments, strict=False)) | self.options
 
-    def compile(self, arch: int) -> Compiled:
-        """As Triton's launcher would: integers of 1 are constants, multiples of 16 are known to be."""
+    @functools.cached_property
+    def specialization(self) -> str:
+        """What one compiled kernel is told from another by."""
+        return repr((self.name, *self._specialized(small_pointers=False), self._compiler_options()))
+
+    def _compiler_options(self) -> dict[str, int]:
+        return {k: v for k, v in self.options.items() if k in ("num_warps", "num_stages")}
+
+    def _specialized(self, small_pointers: bool) -> tuple[dict, dict, dict]:
+        """Signature, constants and attributes as Triton's launcher makes them.
+
+        Integers of 1 are constants, multiples of 16 are known to be, and AMD's pointers to less than 2 GiB.
+        """
         signature, constants, attributes = {}, {}, {}
         for index, parameter in enumerate(self.kernel.params):
             value, name = self.values[parameter.name], parameter.name
-            aligned = False
+            aligned, small = False, False
             if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
                 if not (parameter.is_constexpr or value is None) and parameter.do_not_specialize:
                     signature[name] = "i32"
@@ -108,6 +120,7 @@ class Launch:
                     signature[name], constants[name] = "constexpr", value
             elif isinstance(value, torch.Tensor):
                 signature[name], aligned = "*" + TYPES[value.dtype], True
+                small = small_pointers and value.untyped_storage().nbytes() < 2**31
             elif isinstance(value, TensorDescriptor):
                 signature[name] = f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)}>".replace(" ", "")
             elif isinstance(value, float):
@@ -115,16 +128,25 @@ class Launch:
             else:
                 signature[name] = "i32" if abs(value) < 2**31 else "i64"
                 aligned = value % 16 == 0 and not parameter.do_not_specialize
-            if aligned:
-                attributes[(index,)] = [["tt.divisibility", 16]]
-        source = ASTSource(self.kernel, signature, constants, attributes)
-        options = {k: v for k, v in self.options.items() if k in ("num_warps", "num_stages")}
+            if aligned or small:
+                attributes[(index,)] = [["tt.divisibility", 16]] * aligned + [["tt.pointer_range", 32]] * small
+        return signature, constants, attributes
+
+    def compile(self, arch: int | str) -> Compiled:
+        """As Triton's launcher would."""
+        about = described(arch)
+        source = ASTSource(self.kernel, *self._specialized(small_pointers=about.maker == "amd"))
+        options = self._compiler_options()
         log = io.StringIO()  # of ptxas, which says how many registers it spilled
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.redirect_stdout(log))
             stack.enter_context(mock.patch.object(triton.knobs.nvidia, "dump_ptxas_log", True))
             stack.enter_context(mock.patch.object(triton.knobs.compilation, "always_compile", True))
-            compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+            compiled = triton.compile(source, target=_target(about), options=options)
+        if about.maker == "amd":
+            said = {n: int(v) for n, v in re.findall(r"\.(\w+):\s+(\d+)\n", compiled.asm["amdgcn"])}
+            spilled = said["private_segment_fixed_size"]
+            return Compiled(compiled.asm["amdgcn"], compiled.metadata.shared, spilled, said["vgpr_count"])
         spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue())
         return Compiled(
             ptx=compiled.asm["ptx"],
@@ -132,6 +154,19 @@ class Launch:
             spilled=int(spilled[1]) + int(spilled[2]),
             registers=int(re.search(r"Used (\d+) registers", log.getvalue())[1]),
         )
+
+
+def described(arch: int | str | Accelerator) -> Accelerator:
+    """A GPU by its architecture: 90, "sm_90", "gfx942"."""
+    if isinstance(arch, Accelerator):
+        return arch
+    return accelerator.named(f"sm_{arch}" if isinstance(arch, int) or arch.isdigit() else arch)
+
+
+def _target(about: Accelerator) -> GPUTarget:
+    if about.maker == "amd":
+        return GPUTarget("hip", about.architecture, about.warp_size)
+    return GPUTarget("cuda", int(about.architecture.removeprefix("sm_")), about.warp_size)
 
 
 class Recorder:
@@ -145,7 +180,7 @@ class Recorder:
 
 
 @contextlib.contextmanager
-def recorded(arch: int, precision: str = "highest", multiprocessors: int = 132):  # noqa: ANN201
+def recorded(arch: int | str | Accelerator, precision: str = "highest"):  # noqa: ANN201
     """In this block the backend launches nothing; the list that it yields has what it would have launched there."""
     launches: list[Launch] = []
     with contextlib.ExitStack() as stack:
@@ -153,9 +188,7 @@ def recorded(arch: int, precision: str = "highest", multiprocessors: int = 132):
             recorder = Recorder(getattr(triton_backend, name), launches)
             stack.enter_context(mock.patch.object(triton_backend, name, recorder))
         for owner, name, value in (
-            (configs, "architecture", arch),
-            (configs, "multiprocessors", multiprocessors),
-            (configs, "has_tma", arch >= 90),
+            (accelerator, "of", described(arch)),
             (accelerator, "tf32", precision != "highest"),
         ):
             stack.enter_context(mock.patch.object(owner, name, return_value=value))
@@ -165,7 +198,7 @@ def recorded(arch: int, precision: str = "highest", multiprocessors: int = 132):
 
 
 def launches_of(
-    arch: int,
+    arch: int | str | Accelerator,
     n: int,
     d: int,
     dtype: torch.dtype,
@@ -191,7 +224,7 @@ def launches_of(
 def main(argv: list[str] | None = None) -> int:
     """Compile everything that the shapes need, and print what it took."""
     parser = argparse.ArgumentParser("python -m benchmarks.kernels", description=__doc__.splitlines()[0])
-    parser.add_argument("--arch", type=int, choices=configs.TABLE, default=90, help="compute capability (default: 90)")
+    parser.add_argument("--arch", type=_arch, default="sm_90", help="sm_80, gfx942 and so on (default: sm_90)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument(
         "--shape", action="append", metavar="NxD[:direct]", help=f"may be repeated (default: {', '.join(SHAPES)})"
@@ -202,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.cuda is not None:
         return _cuda(args.cuda)
-    print(f"Triton {triton.__version__}, sm_{args.arch}, {args.dtype}; processor time is that of this and of ptxas")
+    print(f"Triton {triton.__version__}, {args.arch}, {args.dtype}; processor time is that of this and of ptxas")
     _compile(launches_of(args.arch, 16, 64, torch.float32, "gram")[0], args.arch)  # sets Triton up
     for shape in args.shape or SHAPES:
         size, _, route = shape.partition(":")
@@ -219,6 +252,13 @@ def main(argv: list[str] | None = None) -> int:
             )
         print(f"{'together':26}{total[0]:7.2f}{total[1]:11.2f}")
     return 0
+
+
+def _arch(name: str) -> str:
+    try:
+        return described(name).architecture
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _cuda(path: str) -> int:
@@ -254,7 +294,7 @@ def _cuda(path: str) -> int:
     return 0
 
 
-def _compile(launch: Launch, arch: int) -> tuple[Compiled, float, float]:
+def _compile(launch: Launch, arch: int | str) -> tuple[Compiled, float, float]:
     """A kernel, and the seconds that compiling it took: by the clock, and of processor time."""
     wall, processor = time.perf_counter(), _processor_seconds()
     compiled = launch.compile(arch)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import barlow_fused
+from barlow_fused.backends import accelerator
 from barlow_fused.backends.slabs import _matmul_t
 
 from .inputs import cache_bytes
@@ -33,6 +34,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
             "memory_bytes": properties.total_memory,
             "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"),
             "cuda": torch.version.cuda,
+            "runtime": accelerator.runtime(),
         }
     return {
         "cpu": f"{_cpu_model()} ({torch.backends.cpu.get_cpu_capability()})",  # "AMD EPYC (AVX2)"

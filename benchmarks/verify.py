@@ -1,10 +1,11 @@
 """Everything that needs a GPU, in one command and within nine minutes: ``make verify-gpu``.
 
-Builds the extension, has the kernels verified (``barlow-fused verify``), runs the tests marked gpu, the
-compute-sanitizer target and the presets paper, wide and tall. It leaves three files to commit in benchmarks/results:
-<name>.json, the run that tables are made of, <name>-record.json, which barlow_fused/verification/shipped/ takes, and
-<name>.log, all that was printed. A step has what stands beside it and the time that those before it did not use; one
-that runs over is ended, and the others go on. Exit code 0 if all of them succeeded.
+Builds the extension, compiles Triton's kernels (benchmarks/precompile.py), has all kernels verified (``barlow-fused
+verify``), runs the tests marked gpu one by one (benchmarks/gpu_tests.py), the compute-sanitizer target and the presets
+paper, wide and tall. It leaves three files to commit in benchmarks/results: <name>.json, the run that tables are made
+of, <name>-record.json, which barlow_fused/verification/shipped/ takes, and <name>.log, all that was printed. A step has
+what stands beside it and the time that those before it did not use; one that runs over is ended, and the others go on.
+The tests and the presets know their time, less a margin, and end by themselves. Exit code 0 if all of them succeeded.
 
 python -m benchmarks verify --name h200
 """
@@ -27,30 +28,39 @@ from .machine import ROOT
 RESULTS = Path(__file__).resolve().parent / "results"
 TOTAL_SECONDS = 540
 MARGIN_SECONDS = 15  # that the benchmark's own budget ends before it would be ended
+TEST_SECONDS = 60  # of one test, after which it counts as hanging; compiled before, they take a few
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One command and the seconds that it may take."""
+    """One command and the seconds that it may take; {seconds} in it are those, less the margin."""
 
     name: str
     command: tuple[str, ...]
     seconds: int
+    margin: int = MARGIN_SECONDS
 
 
 def steps(results_file: Path) -> list[Step]:
-    """What is run, in this order; {seconds} is what the step has left."""
+    """What is run, in this order."""
     record = results_file.with_name(f"{results_file.stem}-record.json")
     benchmark = ("-m", "benchmarks", "--device", "cuda", "--preset", "paper,wide,tall", "--seconds", "4")
+    tests = ("--patience", str(TEST_SECONDS), "--", "-m", "gpu", "-k", "not makes_a_record")  # which "verify" does
     return [
         Step("build", (sys.executable, "setup.py", "build_ext", "--inplace"), 90),
+        Step("compile", (sys.executable, "-m", "benchmarks.precompile"), 45),
         Step("verify", (sys.executable, "-m", "barlow_fused", "verify", "--again", "--output", str(record)), 75),
-        Step("tests", (sys.executable, "-m", "pytest", "-m", "gpu", "--tb=short"), 175),
+        Step(
+            "tests",
+            (sys.executable, "-m", "benchmarks.gpu_tests", "--seconds", "{seconds}", *tests),
+            195,
+            TEST_SECONDS + MARGIN_SECONDS,
+        ),
         Step("compute-sanitizer", ("make", "compute-sanitizer", f"RUN={sys.executable}", "EXTENSION="), 60),
         Step(
             "presets",
             (sys.executable, *benchmark, "--budget", "{seconds}", "--json", str(results_file)),
-            TOTAL_SECONDS - 90 - 75 - 175 - 60,
+            TOTAL_SECONDS - 90 - 45 - 75 - 195 - 60,
         ),
     ]
 
@@ -63,7 +73,7 @@ def run_steps(todo: Sequence[Step], log: IO[str]) -> bool:
         allowed += step.seconds
         begun = time.monotonic()
         left = allowed - (begun - start)
-        command = [part.format(seconds=max(1, int(left) - MARGIN_SECONDS)) for part in step.command]
+        command = [part.format(seconds=max(1, int(left) - step.margin)) for part in step.command]
         _say(log, f"\n== {step.name}: {' '.join(command)}  ({left:.0f} s)\n")
         code = _run(command, left, log)
         outcome = "ok" if code == 0 else "ran over its time" if code is None else f"failed (exit code {code})"

@@ -185,11 +185,11 @@ def test_doctor_shows_what_is_set_and_what_is_wrong_with_it(monkeypatch):
 
 def test_doctor_describes_a_machine_with_gpus():
     found = doctor.report()
-    found["gpus"] = [{"index": 0, "name": "NVIDIA H200", "capability": "9.0", "memory_bytes": 141 * 2**30}]
-    found["cuda"] = {"runtime": "13.2", "driver": "590.1", "nvcc": None, "extension": "not built", "warning": None}
+    found["gpus"] = [{"device": "cuda:0", "name": "NVIDIA H200", "architecture": "sm_90", "memory_bytes": 141 * 2**30}]
+    found["cuda"] = {"runtime": "CUDA 13.2", "driver": "590.1", "nvcc": None, "extension": "not built", "warning": None}
     found["extras"] = {"torchvision": "0.29", "monai": None}
     text = " ".join(doctor.format_report(found).split())
-    assert "driver 590.1 nvcc not found extension not built GPU 0 NVIDIA H200, capability 9.0, 141 GiB" in text
+    assert "driver 590.1 nvcc not found extension not built cuda:0 NVIDIA H200, sm_90, 141 GiB" in text
     assert "torchvision 0.29 monai not installed" in text
 
 

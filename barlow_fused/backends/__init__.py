@@ -21,7 +21,7 @@ from types import ModuleType
 
 import torch
 
-from .accelerator import why_no_gpu, why_too_old
+from . import accelerator
 
 BACKENDS = ("torch", "triton", "cuda", "reference")
 
@@ -47,15 +47,16 @@ def why_unusable(
     name: str,
     device: torch.device,
     dtype: torch.dtype | None = None,
-    capability: tuple[int, int] | None = None,  # of a GPU that need not be here; None: ask this machine
+    architecture: str | None = None,  # of a GPU that need not be here (accelerator.named); None: ask this one
 ) -> str | None:
     """One sentence on why backend ``name`` cannot run on ``device``, with inputs of ``dtype``; None when it can."""
     if name in ("torch", "reference"):
         return None
     if dtype == torch.float64:
         return f"backend={name!r} cannot take torch.float64: it takes float32, bfloat16 and float16"
-    if capability is not None:
-        reason = why_too_old(capability)
+    if architecture is not None:
+        why_not = accelerator.why_no_triton if name == "triton" else accelerator.why_no_cuda
+        reason = why_not(accelerator.named(architecture))
     else:
         reason = _why_no_triton(device) if name == "triton" else load("cuda", device).why_not_here(device)
     return reason and f"backend={name!r} cannot run on {device}: {reason}"
@@ -65,7 +66,7 @@ def why_unusable(
 def _why_no_triton(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    return None if interpreted() else why_no_gpu(device)
+    return None if interpreted() else accelerator.why_no_triton(accelerator.of(device))
 
 
 def interpreted() -> bool:

@@ -85,7 +85,7 @@ def why_not_here(device: torch.device) -> str | None:
     """Why the kernels cannot run on ``device``; None when they can."""
     if _instead is not None and _instead.emulated:
         return None if device.type == "cpu" else f"its kernels are compiled for the CPU; tensors are on {device.type}"
-    return accelerator.why_no_gpu(device) or why_no_extension() or _why_old_driver()
+    return accelerator.why_no_cuda(accelerator.of(device)) or why_no_extension() or _why_old_driver()
 
 
 def _why_old_driver() -> str | None:

@@ -25,11 +25,12 @@ import torch
 import triton
 
 from ..normalization import Normalization
+from . import accelerator
 from .arrays import aligned
 from .normalized import Matrix, Normalized
 from .passes import Operations, Passes
 from .triton_kernels import configs
-from .triton_kernels.configs import Blocks, cdiv, precision_of
+from .triton_kernels.configs import Blocks, cdiv
 from .triton_kernels.correlate import correlate_kernel, correlate_terms_kernel
 from .triton_kernels.direct_grad import direct_grad_kernel
 from .triton_kernels.gram import gram_kernel
@@ -92,8 +93,8 @@ def gram(
 ) -> None:
     """The terms, and K for a gradient."""
     n, d = x.z_a.shape
-    precision, chip = precision_of(x.dtype), configs.chip(on.device)
-    blocks = chip.gram(n, x.dtype)
+    chip = configs.chip(on.device)
+    precision, blocks = chip.precision(x.dtype), chip.gram(n, x.dtype)
     tiles = configs.triangle(n, blocks.m)
     split, steps = chip.split(n, d, x.z_a.element_size(), blocks)
     a_hat, b_hat = x.views
@@ -113,6 +114,7 @@ def gram(
         TMA=tma,
         UNIT_STRIDE=_unit_stride(a_hat, b_hat),
         PRECISION=input_precision(precision),
+        TICKET=accelerator.of(on.device).ticket,
         ROWS=16,
         BLOCK_SUM=configs.SUM_BLOCK,
         **_options(blocks),
@@ -127,8 +129,8 @@ def correlate(
 ) -> None:
     """The terms, and C for a gradient. Fills the rows PRODUCT of ``x.stats``."""
     n, d = x.z_a.shape
-    precision = precision_of(x.dtype)
-    blocks = configs.chip(on.device).correlate(d, x.dtype)
+    chip = configs.chip(on.device)
+    precision, blocks = chip.precision(x.dtype), chip.correlate(d, x.dtype)
     tiles = cdiv(d, blocks.m)
     row_sums = on.empty(torch.float32, 2, tiles, d) if c is not None and x.normalization is not None else None
     off_sums = on.empty(torch.float64, tiles**2)
@@ -184,9 +186,9 @@ def _gram_grad(
     k_divisor: int,
 ) -> None:
     n, d = x.z_a.shape
-    precision = precision_of(x.dtype)
     normalized = x.normalization is not None
-    blocks = configs.chip(on.device).gram_grad(n, d, x.dtype, normalized)
+    chip = configs.chip(on.device)
+    precision, blocks = chip.precision(x.dtype), chip.gram_grad(n, d, x.dtype, normalized)
     slabs = cdiv(d, blocks.n)
     views = [view for view in range(2) if grads[view] is not None]
     out = [grads[view] if grads[view] is not None else grads[views[0]] for view in range(2)]
@@ -224,8 +226,8 @@ def _direct_grad(
     on: Recorder | Now, x: Normalized, c: Matrix, g_terms: Sequence[Matrix | None], grads: Sequence[Matrix | None]
 ) -> None:
     n, d = x.z_a.shape
-    precision = precision_of(x.dtype)
-    blocks = configs.chip(on.device).direct_grad(n, d, x.dtype)
+    chip = configs.chip(on.device)
+    precision, blocks = chip.precision(x.dtype), chip.direct_grad(n, d, x.dtype)
     hats = x.views
     views_z = (x.z_a, x.z_b) if x.raw else hats
     for view, grad in enumerate(grads):
@@ -269,7 +271,7 @@ def chunk(precision: str, length: int) -> int:
 
 def input_precision(precision: str) -> str:
     """blocks.matmul's PRECISION."""
-    return "tf32x3" if precision == "tf32x3" else "tf32"
+    return "ieee" if precision == "half" else precision
 
 
 def _unit_stride(*tensors: Matrix) -> bool:

@@ -94,7 +94,7 @@ def can_launch(kernel: Any, compiled: Any) -> bool:
         and isinstance(kernel, triton.JITFunction)
         and not kernel.pre_run_hooks
         and isinstance(compiled, triton.compiler.CompiledKernel)
-        and compiled.metadata.target.backend == "cuda"
+        and compiled.metadata.target.backend == "cuda"  # NVIDIA's: AMD's is "hip"
     )
 
 
@@ -140,4 +140,5 @@ def _value(x: Any, tensors: Sequence[Tensor | None], lambd: float, scale: float)
 def _descriptor(x: Tensor, rows: int, columns: int) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
+    accelerator.bind(x.device)
     return TensorDescriptor.from_tensor(x, [rows, columns])

@@ -20,8 +20,8 @@ __all__ = ["View", "diagonal", "input_grad", "join_gram", "moments", "partial_co
 
 def _gram_panels(hat: Tensor) -> Tensor:
     n, d = hat.shape
-    precision, chip = configs.precision_of(hat.dtype), configs.chip(hat.device)
-    tile = chip.gram(n, hat.dtype)
+    chip = configs.chip(hat.device)
+    precision, tile = chip.precision(hat.dtype), chip.gram(n, hat.dtype)
     split, steps = chip.split(n, d, hat.element_size(), tile)
     size = sum(panel_sizes(n))
     partials = torch.empty(split, size, dtype=torch.float32, device=hat.device)

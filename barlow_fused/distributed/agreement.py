@@ -32,6 +32,7 @@ from ..arguments import (
     finite,
     integer,
 )
+from ..backends import accelerator
 from ..choice import ROUTES, choose_backend, choose_route, fastest_over_ranks
 from ..linear.route import choose_linear_route, hidden_rate
 from ..normalization import resolve_normalization
@@ -41,7 +42,7 @@ from .part import Part, Rules
 if TYPE_CHECKING:
     from ..arguments import Group
 
-DEVICES = ("cpu", "cuda")
+DEVICES = ("cpu", *accelerator.GPUS)
 FIELDS = 21  # of the header
 PARTIAL = ("torch", "triton", "cuda")  # backends that can work on a part of a batch
 BASE = len(PARTIAL) + 1
@@ -99,7 +100,7 @@ def agree(inputs: Sequence[Tensor], options: Options, shards: Shards, chunk_feat
     except Exception as error:  # the others must hear of it, whatever it is
         problem = error
     on_cpu = "cpu:" in dist.get_backend_config(first)
-    device = torch.device("cpu") if on_cpu else torch.device("cuda", torch.cuda.current_device())
+    device = torch.device("cpu") if on_cpu else accelerator.current_gpu()
     headers = torch.tensor(own, dtype=torch.int64, device="cpu").to(device)
     for group in shards.groups:
         headers = gather(headers, group)

@@ -171,7 +171,7 @@ def _slabs_cost(p: Problem) -> Cost:
         # Passes over C: scaled 4, squared and summed 6, G made of it 4; each slab's product is written, read and added
         # to C, and in the backward pass reads G for each view.
         product_passes = 14 + 6 * slabs
-    if p.device.type == "cuda" and in_size < size:
+    if p.device.type != "cpu" and in_size < size:
         backward += product * in_size // size  # half-precision products copy their operands
     # The inputs' gradients, which are taken off, exist in the backward pass only.
     peak = 20 * d * size + max(forward - 2 * n * d * in_size, backward)  # 20: statistics and factors of each feature
@@ -195,8 +195,7 @@ def triton_cost(p: Problem) -> Cost:
     in_size = p.dtype.itemsize
     dtype = configs.compute_dtype(n, d, p.dtype, normalized=True)
     size, raw = dtype.itemsize, dtype != torch.float32
-    architecture = configs.architecture_of(p.device.capability) if p.device.capability else configs.INTERPRETED
-    chip = configs.Chip(architecture, p.device.multiprocessors)
+    chip = configs.chip_of(p.device.about)
     gradients = 2 * n * d * in_size  # do not exist yet in the forward pass, and are taken off
     stats = configs.stats_rows(normalized=True, raw=raw) * d * 4
     passes = (4 if n <= max(slab.rows for slab in configs.NORMALIZE) else 6) + 2 + (8 if raw else 6)
@@ -224,7 +223,7 @@ def triton_cost(p: Problem) -> Cost:
 def cuda_cost(p: Problem) -> Cost:
     """The CUDA backend: ``triton_cost``, and on H100 and H200 what its kernels should take in half precision."""
     cost, gpu = triton_cost(p), p.device.known
-    if gpu is None or gpu.capability != (9, 0) or p.world_size > 1 or p.dtype.itemsize != 2:
+    if gpu is None or gpu.architecture != "sm_90" or p.world_size > 1 or p.dtype.itemsize != 2:
         return cost
     times = cuda.predict(p.n, p.d, p.route, gpu)
     names = ("normalize", "gram", "gram_grad") if p.route == "gram" else ("normalize", "correlate", "direct_grad")

@@ -15,14 +15,13 @@ from pathlib import Path
 
 import torch
 
-from ..backends import slabs
-from ..backends.accelerator import tf32
-from ..backends.triton_kernels import configs
+from ..backends import accelerator, slabs
+from ..backends.accelerator import Accelerator, tf32
 
 SECONDS_PER_MEASUREMENT = 0.1
 COPY_BYTES = 2**27  # larger than the caches
 HALVES = (torch.bfloat16, torch.float16)
-PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}  # rows and columns of the matrices that are multiplied
+PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192, "xpu": 8192}  # rows and columns of the matrices that are multiplied
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,23 +29,28 @@ class KnownGpu:
     """A row of the table of rates."""
 
     torch_name: str  # what torch.cuda.get_device_name() calls it
-    capability: tuple[int, int]
-    multiprocessors: int
+    architecture: str  # as accelerator.named takes it
+    units: int  # multiprocessors, or AMD's compute units
     measured: bool  # bandwidth and "half" are measured; everything else is the datasheet's peak, without sparsity
     bandwidth: float  # bytes/s
     products: dict[str, float]  # FLOP/s of a matrix product, by what its operands are
 
 
 # Measured: a large copy, and an 8192^3 product in bfloat16, by PyTorch on one GPU. Datasheets: NVIDIA's, of the SXM
-# modules; for H200 they say 4.8 TB/s and 989 TFLOP/s, for H100 3.35 TB/s and 989 TFLOP/s.
+# modules; for H200 they say 4.8 TB/s and 989 TFLOP/s, for H100 3.35 TB/s and 989 TFLOP/s. AMD's: the MI355X
+# has no TF32.
 _HOPPER = {"tf32": 494.7e12, "float32": 66.9e12, "float64": 66.9e12}
 _A100 = {"half": 312e12, "tf32": 156e12, "float32": 19.5e12, "float64": 19.5e12}
 _B200 = {"half": 2250e12, "tf32": 1100e12, "float32": 75e12, "float64": 37e12}
+_MI300X = {"half": 1307.4e12, "tf32": 653.7e12, "float32": 163.4e12, "float64": 163.4e12}
+_MI355X = {"half": 2516.6e12, "tf32": 157.3e12, "float32": 157.3e12, "float64": 78.6e12}
 KNOWN = {
-    "h200": KnownGpu("NVIDIA H200", (9, 0), 132, True, 4.3e12, {"half": 790e12, **_HOPPER}),
-    "h100": KnownGpu("NVIDIA H100 80GB HBM3", (9, 0), 132, True, 3.0e12, {"half": 798e12, **_HOPPER}),
-    "a100": KnownGpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, False, 2.039e12, _A100),
-    "b200": KnownGpu("NVIDIA B200", (10, 0), 148, False, 8.0e12, _B200),
+    "h200": KnownGpu("NVIDIA H200", "sm_90", 132, True, 4.3e12, {"half": 790e12, **_HOPPER}),
+    "h100": KnownGpu("NVIDIA H100 80GB HBM3", "sm_90", 132, True, 3.0e12, {"half": 798e12, **_HOPPER}),
+    "a100": KnownGpu("NVIDIA A100-SXM4-80GB", "sm_80", 108, False, 2.039e12, _A100),
+    "b200": KnownGpu("NVIDIA B200", "sm_100", 148, False, 8.0e12, _B200),
+    "mi300x": KnownGpu("AMD Instinct MI300X", "gfx942", 304, False, 5.3e12, _MI300X),
+    "mi355x": KnownGpu("AMD Instinct MI355X", "gfx950", 256, False, 8.0e12, _MI355X),
 }
 
 
@@ -56,7 +60,7 @@ class Device:
 
     Attributes:
         label: its name for the reader.
-        type: ``"cpu"`` or ``"cuda"``.
+        type: ``"cpu"``, ``"cuda"`` (AMD's, too) or ``"xpu"``.
         known: its row of the table, or None: its rates are measured.
         index: which GPU of this machine to measure.
         here: whether it is a device of this machine; one that was named by its row of the table need not be.
@@ -74,16 +78,11 @@ class Device:
         return _torch_device(self.type, self.index) if self.here else torch.device(self.type)
 
     @property
-    def capability(self) -> tuple[int, int] | None:
-        """The compute capability of a GPU."""
+    def about(self) -> Accelerator:
+        """What kernels have to know of it."""
         if self.known:
-            return self.known.capability
-        return torch.cuda.get_device_capability(self.index) if self.type == "cuda" else None
-
-    @property
-    def multiprocessors(self) -> int:
-        """Of a GPU."""
-        return self.known.multiprocessors if self.known else configs.multiprocessors(self.torch_device)
+            return accelerator.named(self.known.architecture, self.known.units)
+        return accelerator.of(self.torch_device)
 
     def source(self, dtype: torch.dtype) -> str:
         """Where its bandwidth and its rate for a product in ``dtype`` come from."""
@@ -117,11 +116,11 @@ def resolve_device(device: str | torch.device | None) -> Device:
             or the name of a GPU in ``KNOWN``, which need not be here.
 
     Raises:
-        TypeError, ValueError: none of these, or a CUDA device that this machine does not have.
+        TypeError, ValueError: none of these, or a GPU that this machine does not have.
     """
-    accepted = f"'cpu', 'cuda', 'cuda:<index>', or one of {', '.join(map(repr, KNOWN))}"
+    accepted = f"'cpu', 'cuda', 'cuda:<index>', 'xpu', or one of {', '.join(map(repr, KNOWN))}"
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = next((kind for kind in accelerator.GPUS if accelerator.count(kind)), "cpu")
     if isinstance(device, str):
         if device.lower() in KNOWN:
             known = KNOWN[device.lower()]
@@ -132,20 +131,20 @@ def resolve_device(device: str | torch.device | None) -> Device:
             raise ValueError(f"device must be {accepted}, got {device!r}") from None
     if not isinstance(device, torch.device):
         raise TypeError(f"device must be None, a str or a torch.device, got {type(device).__name__}")
-    if device.type not in ("cpu", "cuda"):
+    if device.type not in ("cpu", *accelerator.GPUS):
         raise ValueError(f"device must be {accepted}, got {str(device)!r}")
     if device.type == "cpu":
         return Device(f"{cpu_model()} ({torch.get_num_threads()} threads)", "cpu")
-    index = device.index
+    index, count = device.index, accelerator.count(device.type)
     if index is None:
-        index = torch.cuda.current_device() if torch.cuda.is_available() else 0
-    if index >= torch.cuda.device_count():
+        index = accelerator.module(device).current_device() if count else 0
+    if index >= count:
         raise ValueError(
-            f"device={str(device)!r} is not on this machine, which has {torch.cuda.device_count()} CUDA GPUs; "
+            f"device={str(device)!r} is not on this machine, which has {count} {device.type.upper()} GPUs; "
             f"to plan for one that is elsewhere, name it: {', '.join(map(repr, KNOWN))}"
         )
-    name = torch.cuda.get_device_name(index)
-    return Device(name, "cuda", next((gpu for gpu in KNOWN.values() if gpu.torch_name == name), None), index)
+    name = accelerator.of(torch.device(device.type, index)).name
+    return Device(name, device.type, next((gpu for gpu in KNOWN.values() if gpu.torch_name == name), None), index)
 
 
 def cpu_model() -> str:
@@ -182,9 +181,10 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
     run()
     fastest, stop = float("inf"), time.perf_counter() + SECONDS_PER_MEASUREMENT
     while fastest == float("inf") or time.perf_counter() < stop:
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        if device.type in accelerator.GPUS:
+            on = accelerator.module(device)
+            with on.device(device):
+                begin, end = on.Event(enable_timing=True), on.Event(enable_timing=True)
                 begin.record()
                 run()
                 end.record()

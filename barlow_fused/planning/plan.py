@@ -218,8 +218,8 @@ def plan(
             raise ValueError("hidden is of linear_barlow_twins_loss: it cannot be planned with backend='reference'")
         of_layer = choose_linear_route(route, n, hidden, d, named, hidden_rate(target.type, dtype))
     chosen = choose_route("auto" if of_layer == "hidden" else route, n, d, named)
-    capability = None if target.here else target.capability
-    backend = choose_backend(backend, target.torch_device, dtype, capability, (n, d), chosen)
+    architecture = None if target.here else target.about.architecture
+    backend = choose_backend(backend, target.torch_device, dtype, architecture, (n, d), chosen)
     problem = Problem(n, d, dtype, target, world_size, chosen)
     network = (network or Network()) if world_size > 1 else None
     fused, usual, separate = *_costs(problem, backend, network), None

@@ -188,8 +188,8 @@ def step_plan(
         raise ValueError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
     target, d = resolve_device(device), widths[-1]
     chosen = choose_route(route, n, d, choose_backend(backend))
-    capability = None if target.here else target.capability
-    named = choose_backend(backend, target.torch_device, dtype, capability, (n, d), chosen)
+    architecture = None if target.here else target.about.architecture
+    named = choose_backend(backend, target.torch_device, dtype, architecture, (n, d), chosen)
     problem = Problem(n, d, dtype, target, world_size, chosen)
     network = network or Network()
     arguments = (problem, (features, *widths), optimizer, named, network)

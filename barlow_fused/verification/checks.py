@@ -52,7 +52,7 @@ def checks(unit: Unit, device: torch.device) -> Iterator[Check]:
         if convention != BATCH_NORM:
             yield f"normalization {name}", functools.partial(_right, unit, device, *MEDIUM, convention)
     yield "large means", functools.partial(_right, unit, device, *MEDIUM, mean=100.0)
-    if unit.dtype == "float32" and device.type == "cuda":
+    if unit.dtype == "float32" and accelerator.of(device).is_gpu:
         yield "TF32", functools.partial(_tf32, unit, device)
     yield "strided inputs", functools.partial(_strided, unit, device)
     yield "the gradient of one view", functools.partial(_one_view, unit, device)
@@ -61,8 +61,8 @@ def checks(unit: Unit, device: torch.device) -> Iterator[Check]:
     for n, d in (ODD, MEDIUM):
         yield f"memory around N={n} D={d}", functools.partial(_stays_inside, unit, device, n, d)
     yield "the same bits again", functools.partial(_same_bits, unit, device)
-    if device.type == "cuda":
-        yield "a captured CUDA graph", functools.partial(_captured, unit, device)
+    if accelerator.can_capture(device):
+        yield "a captured graph", functools.partial(_captured, unit, device)
 
 
 def inputs(unit: Unit, device: torch.device, n: int, d: int, mean: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -224,15 +224,14 @@ def _captured(unit: Unit, device: torch.device) -> None:
     """Replayed with other inputs, a captured call gives what it gives when called."""
     z_a, z_b = inputs(unit, device, *MEDIUM)
     want = _flat(*run(unit, z_b, z_a))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with accelerator.capture(device) as graph:
         terms, grads = run(unit, z_a, z_b)
     swapped = z_a.clone()
     z_a.copy_(z_b)
     z_b.copy_(swapped)
     for _ in range(2):
         graph.replay()
-        torch.cuda.synchronize(device)
+        accelerator.synchronize(device)
         if not torch.equal(_flat(terms, grads), want):
             raise WrongError("a replayed graph gives another result than a call")
 
@@ -249,14 +248,14 @@ class _Busy:
         self._stream = None
 
     def __enter__(self) -> _Busy:
-        if self._device.type == "cuda":
-            self._stream = torch.cuda.Stream(self._device)
+        if accelerator.of(self._device).is_gpu:
+            self._stream = accelerator.module(self._device).Stream(self._device)
             self._x = torch.zeros(2048, 2048, device=self._device)
         return self
 
     def more(self) -> None:
         if self._stream is not None:
-            with torch.cuda.stream(self._stream):
+            with accelerator.module(self._device).stream(self._stream):
                 torch.mm(self._x, self._x)
 
     def __exit__(self, *_: object) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from ..backends import accelerator
 from . import ensure, record
 from .key import installed, key
 from .table import format_record
@@ -42,12 +43,12 @@ def _devices(wanted: str | None) -> list[torch.device]:
             device = torch.device(wanted)
         except RuntimeError:
             raise ImpossibleError(f"--device must be like cuda:0, got {wanted!r}") from None
-        count = _count(device.type)
+        count = accelerator.count(device.type)
         if device.type != "cpu" and (device.index or 0) >= count:
             raise ImpossibleError(f"--device {wanted}: PyTorch finds {count} such devices here")
         found = [device if device.index is not None or device.type == "cpu" else torch.device(device.type, 0)]
     else:
-        found = [torch.device(kind, index) for kind in ("cuda", "xpu") for index in range(_count(kind))]
+        found = accelerator.here()
     if not found:
         raise ImpossibleError("PyTorch finds no GPU here")
     models = {record.path_of(key(device)): device for device in reversed(found) if installed(device)}
@@ -57,11 +58,6 @@ def _devices(wanted: str | None) -> list[torch.device]:
         reasons = [backends.why_unusable(name, found[0]) for name in ("cuda", "triton")]
         raise ImpossibleError("there is nothing to verify: " + "; ".join(map(str, reasons)))
     return list(models.values())[::-1]
-
-
-def _count(kind: str) -> int:
-    module = getattr(torch, kind, None)
-    return module.device_count() if module is not None and module.is_available() else 0
 
 
 def _of(device: torch.device, args: argparse.Namespace) -> tuple[record.Record, Path]:

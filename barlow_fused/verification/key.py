@@ -20,7 +20,6 @@ from ..version import __version__
 SCHEMA = 1  # of the record
 KERNELS = ("cuda", "triton")  # the backends that are taken only where they have been verified
 PACKAGE = Path(__file__).resolve().parents[1]
-DRIVER = Path("/proc/driver/nvidia/version")
 
 Key = dict[str, Any]
 
@@ -39,8 +38,8 @@ def key(device: torch.device) -> Key:
         "extension": _extension(device),
         "torch": torch.__version__,
         "triton": _triton(),
-        "runtime": f"HIP {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}",
-        "driver": _driver() if device.type == "cuda" else None,
+        "runtime": accelerator.runtime(),
+        "driver": None if device.type == "cpu" else accelerator.driver(device),
         **_hardware(device),
     }
 
@@ -65,18 +64,13 @@ def _hardware(device: torch.device) -> Key:
     if device.type == "cpu":  # Triton's interpreter and the emulated CUDA kernels run there
         architecture = f"{platform.machine()}, interpreted" if backends.interpreted() else platform.machine()
         return {"gpu": "cpu", "architecture": architecture, "units": os.cpu_count(), "memory": None, "mig": False}
-    found = getattr(torch, device.type).get_device_properties(device)
-    architecture = (
-        getattr(found, "gcnArchName", None) or f"{found.major}.{found.minor}" if hasattr(found, "major") else ""
-    )
-    mig = "MIG" in found.name or os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("MIG")
-    units = accelerator.units(device)
+    about = accelerator.of(device)
     return {
-        "gpu": found.name,
-        "architecture": architecture,
-        "units": units,
-        "memory": found.total_memory,
-        "mig": mig,
+        "gpu": about.name,
+        "architecture": ":".join(filter(None, (about.architecture, about.features))),
+        "units": about.units,
+        "memory": about.memory,
+        "mig": about.mig,
     }
 
 
@@ -112,11 +106,3 @@ def _triton() -> str | None:
         except metadata.PackageNotFoundError:
             pass
     return "unknown"
-
-
-def _driver() -> str | None:
-    """NVIDIA's kernel module says its version in a file; elsewhere the runtime's version has to do."""
-    try:
-        return DRIVER.read_text().splitlines()[0]
-    except (OSError, IndexError, UnicodeDecodeError):
-        return None

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from ..backends import accelerator
 from ..loss import barlow_twins_loss
 from ..reference import reference_loss
 from .checks import BATCH_NORM, inputs
@@ -42,7 +43,7 @@ def measure(
     calls: dict[str, Callable[[], Tensor]] = {
         name: functools.partial(barlow_twins_loss, z_a, z_b, backend=name, route=route) for name in names
     }
-    if USUAL_BYTES * d * d <= _free_bytes(device) / 4:
+    if USUAL_BYTES * d * d <= (accelerator.free_memory(device) or UNKNOWN_BYTES) / 4:
         calls["usual"] = lambda: reference_loss(z_a, z_b, normalization=BATCH_NORM).loss
     counts = {}
     for name in list(calls):
@@ -75,35 +76,20 @@ def _warm_up(call: Callable[[], Tensor], z_a: Tensor, z_b: Tensor, device: torch
         first = _turn(call, z_a, z_b, 1, device)  # compiles
         seconds = first if first > TOO_SLOW else min(_turn(call, z_a, z_b, 1, device) for _ in range(2))
     except torch.OutOfMemoryError:
-        _free(device)
+        accelerator.empty_cache(device)
         return None
     return 0 if seconds > TOO_SLOW / 10 else max(1, round(TURN_SECONDS / seconds))
 
 
 def _turn(call: Callable[[], Tensor], z_a: Tensor, z_b: Tensor, count: int, device: torch.device) -> float:
-    _synchronize(device)
+    accelerator.synchronize(device)
     start = time.perf_counter()
     for _ in range(count):
         torch.autograd.grad(call(), (z_a, z_b))
-    _synchronize(device)
+    accelerator.synchronize(device)
     return (time.perf_counter() - start) / count
 
 
 def _is_steady(turns: list[float]) -> bool:
     q1, median, q3 = statistics.quantiles(turns, n=4, method="inclusive") if len(turns) > 1 else [turns[0]] * 3
     return q3 - q1 <= STEADY * median
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize(device)
-
-
-def _free(device: torch.device) -> None:
-    if device.type != "cpu":
-        getattr(torch, device.type).empty_cache()
-
-
-def _free_bytes(device: torch.device) -> float:
-    ask = getattr(getattr(torch, device.type), "mem_get_info", None)
-    return ask(device)[0] if ask else UNKNOWN_BYTES

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from ..backends import accelerator
 from . import ensure
 from .checks import checks
 from .key import installed, key
@@ -284,13 +285,4 @@ def _environment(device: torch.device) -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if name not in dropped}
     environment["BARLOW_FUSED_VERIFY"] = "never"
     environment["PYTHONPATH"] = ensure.python_path()
-    variables = {
-        "cuda": "HIP_VISIBLE_DEVICES" if torch.version.hip else "CUDA_VISIBLE_DEVICES",
-        "xpu": "ZE_AFFINITY_MASK",
-    }
-    if device.type in variables:
-        name = variables[device.type]
-        visible = [entry.strip() for entry in environment.get(name, "").split(",") if entry.strip()]
-        index = device.index or 0
-        environment[name] = visible[index] if index < len(visible) else str(index)
-    return environment
+    return {**environment, **accelerator.seeing_only(device, environment)}

@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 from cases import NORMALIZATIONS, ROUTES, answer, assert_close, error, oracle, views
+from on_gpu import GPU, gpu, gpu_views, gram_truth, need_memory
 
 from barlow_fused import barlow_twins_loss, choice
 from barlow_fused.__main__ import main
@@ -14,25 +15,9 @@ from barlow_fused.backends import why_unusable
 from barlow_fused.planning.plan import plan
 from barlow_fused.verification import record
 from barlow_fused.verification.key import key
+from benchmarks.precompile import SIZES, SMALL
 
-GPU = torch.device("cuda", 0)
-HAS_GPU = torch.cuda.is_available() and torch.cuda.get_device_capability(GPU) >= (8, 0)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-LAMBD, EPS = 0.0051, 1e-5
-SIZES = [  # (n, d, route)
-    (256, 8192, "gram"),
-    (2048, 8192, "gram"),
-    (1024, 65536, "gram"),
-    (2048, 65536, "gram"),
-    (2048, 262144, "gram"),
-    (8192, 2048, "direct"),
-]
-
-
-def gpu(test):
-    """A test that needs a GPU."""
-    skip = pytest.mark.skipif(not HAS_GPU, reason="needs a CUDA GPU of compute capability >= 8.0")
-    return pytest.mark.gpu(skip(test))
 
 
 @pytest.fixture(params=["triton", "cuda"])
@@ -48,45 +33,6 @@ def backend(request):
 def fused(backend):
     """The loss with that backend."""
     return lambda **kwargs: functools.partial(barlow_twins_loss, backend=backend, return_terms=True, **kwargs)
-
-
-def need_memory(n, d, dtype, arrays, doubles=5):
-    """Skip where ``arrays`` of (n, d) in the inputs' dtype and ``doubles`` in float64 do not fit onto the GPU."""
-    needed = n * d * (arrays * dtype.itemsize + doubles * 8)
-    free = torch.cuda.mem_get_info(GPU)[0] + torch.cuda.memory_reserved(GPU) - torch.cuda.memory_allocated(GPU)
-    if needed > free:
-        pytest.skip(f"needs {needed / 1e9:.0f} GB of GPU memory, {free / 1e9:.0f} GB are free")
-
-
-def gram_truth(z_a, z_b):
-    """(loss, grad_a, grad_b) in float64 without a (D, D) matrix: a slab of columns at a time, by autograd."""
-    n, d = z_a.shape
-    slabs = [slice(start, start + 1024) for start in range(0, d, 1024)]
-
-    def hat(z):
-        z = z - z.mean(0)
-        return z * (z.square().mean(0) + EPS).rsqrt()
-
-    k_a, k_b = (sum(x @ x.T for x in (hat(z[:, s].double()) for s in slabs)) for z in (z_a, z_b))
-    loss = LAMBD * (k_a * k_b).sum() / n**2
-    grads = torch.empty(2, n, d, dtype=torch.float64, device=z_a.device)
-    for s in slabs:
-        a, b = (z[:, s].double().requires_grad_() for z in (z_a, z_b))
-        a_hat, b_hat = hat(a), hat(b)
-        c = (a_hat * b_hat).mean(0)
-        diagonal = ((c - 1).square() - LAMBD * c.square()).sum()
-        through_k = (k_b @ a_hat * a_hat).sum() + (k_a @ b_hat * b_hat).sum()
-        grads[0, :, s], grads[1, :, s] = torch.autograd.grad(diagonal + LAMBD / n**2 * through_k, (a, b))
-        loss += diagonal.detach()
-    return loss, grads[0], grads[1]
-
-
-def gpu_views(n, d, dtype):
-    generator = torch.Generator(GPU).manual_seed(0)
-    z_a = torch.randn(n, d, device=GPU, generator=generator)
-    z_b = z_a + 0.5 * torch.randn(n, d, device=GPU, generator=generator)
-    mean = torch.randn(d, device=GPU, generator=generator)
-    return (z_a + mean).to(dtype), (z_b - mean).to(dtype)
 
 
 def test_gram_truth_is_the_oracle():
@@ -213,7 +159,7 @@ def test_backward_does_not_wait_for_the_gpu(fused):
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("normalization", NORMALIZATIONS.values(), ids=NORMALIZATIONS.keys())
-@pytest.mark.parametrize(("n", "d"), [(17, 256), (255, 4097), (1100, 2304)])
+@pytest.mark.parametrize(("n", "d"), SMALL)
 def test_accuracy(fused, n, d, normalization, dtype, route):
     z_a, z_b = (z.to(GPU) for z in views(n, d, dtype))
     loss = fused(route=route, normalization=normalization if normalization is not None else "none")

@@ -234,7 +234,7 @@ def test_who_may_run_it(module):
             cuda_backend.forward(*views(4, 3, torch.float64), Spec("cuda", "gram", None, 0.1, 1.0), True, False)
     finally:
         cuda_backend.use(None)
-    assert "it needs a CUDA GPU" in why_unusable("cuda", CPU)
+    assert "it needs an NVIDIA GPU" in why_unusable("cuda", CPU)
 
 
 def test_arguments_are_checked(module):

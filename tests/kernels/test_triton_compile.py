@@ -17,7 +17,7 @@ triton = pytest.importorskip("triton", reason="needs the package triton")
 
 from barlow_fused.backends.triton_kernels import configs  # noqa: E402
 from barlow_fused.normalization import CONVENTIONS  # noqa: E402
-from benchmarks.kernels import TensorDescriptor, launches_of  # noqa: E402
+from benchmarks.kernels import TensorDescriptor, described, launches_of  # noqa: E402
 
 if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET=1: kernels are not compiled", allow_module_level=True)
@@ -72,7 +72,7 @@ def test_compiles_onto_tensor_cores_without_spills(arch, n, d, dtype, route, con
     for launch in launches:
         compiled = launch.compile(arch)
         assert compiled.spilled <= limit, f"{launch.name}: {compiled.spilled} bytes of registers spilled"
-        assert compiled.shared_memory <= configs.SHARED_MEMORY[arch], launch.name
+        assert compiled.shared_memory <= described(arch).shared_memory, launch.name
         if "PRECISION" in launch.options:
             assert re.search(TENSOR_CORES[min(arch, 100) // 10 * 10], compiled.ptx), f"{launch.name}: no tensor cores"
         if arch >= 90 and any(isinstance(a, TensorDescriptor) for a in launch.arguments):
@@ -88,6 +88,19 @@ def test_large_products_take_the_newest_tensor_cores(arch, instruction):
     for launch in launches[-2:]:
         assert any(isinstance(a, TensorDescriptor) for a in launch.arguments)
         assert instruction in launch.compile(arch).ptx
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_the_precision_of_halves_says_nothing(arch):
+    """It is "ieee", which every maker's compiler accepts: NVIDIA's makes the same of it as of "tf32"."""
+    ptx = []
+    for precision in ("ieee", "tf32"):
+        launches = launches_of(arch, 512, 8192, BF16, "gram")
+        assert [launch.options.get("PRECISION", "ieee") for launch in launches] == ["ieee"] * len(launches)
+        (launch,) = (launch for launch in launches if launch.name == "gram_kernel")
+        launch.options["PRECISION"] = precision
+        ptx.append(launch.compile(arch).ptx)
+    assert ptx[0] == ptx[1]
 
 
 @pytest.mark.parametrize(("n", "count"), [(256, 3), (512, 3), (2048, 4)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 import triton
 import triton.language as tl
 from cases import NORMALIZATIONS, ROUTES, answer, assert_close, error, oracle, views
+from triton.runtime.interpreter import InterpreterBuilder
 
-from barlow_fused.backends import triton_backend, triton_launch, why_unusable
+from barlow_fused.backends import accelerator, triton_backend, triton_launch, why_unusable
 from barlow_fused.backends.operations import Spec
 from barlow_fused.backends.triton_kernels import configs
 from barlow_fused.backends.triton_kernels.configs import Blocks, Chip
@@ -27,6 +29,33 @@ def test_gram_split(fused, split, normalization, monkeypatch):
     z_a, z_b = views(50, 215)
     loss = fused(route="gram", normalization=normalization)
     assert_close(answer(loss, z_a, z_b), z_a, z_b, NORMALIZATIONS[normalization])
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_on_rdna_a_second_barrier_follows_each_ticket(fused, route, monkeypatch):
+    """gram draws two kinds of tickets, correlate none; the numbers are the same."""
+    barriers = []
+    barrier = InterpreterBuilder.create_barrier
+
+    def counted(self, *args):
+        barriers.append(self)
+        return barrier(self, *args)
+
+    monkeypatch.setattr(Chip, "split", lambda _, n, d, itemsize, blocks: (2, -(-d // (blocks.k * 2))))
+    monkeypatch.setattr(InterpreterBuilder, "create_barrier", counted)
+    z_a, z_b = views(33, 70)
+    runs, counts = [], []
+    for ticket in ("", "barrier"):
+        described = dataclasses.replace(accelerator.of(z_a.device), ticket=ticket)
+        monkeypatch.setattr(accelerator, "of", lambda device, described=described: described)
+        triton_backend.forget()
+        barriers.clear()
+        runs.append(answer(fused(route=route), z_a, z_b))
+        counts.append(len(barriers))
+    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
+    tiles = 3  # of 32 rows
+    tickets = 2 * 2 * tiles + tiles if route == "gram" else 0
+    assert counts[1] - counts[0] == tickets
 
 
 def test_split_covers_all_columns_and_keeps_the_memory_bound():

@@ -14,9 +14,8 @@ triton = pytest.importorskip("triton", reason="needs the package triton")
 
 from barlow_fused.backends import triton_partial  # noqa: E402
 from barlow_fused.backends.torch_partial import Result, Segments  # noqa: E402
-from barlow_fused.backends.triton_kernels import configs  # noqa: E402
 from barlow_fused.normalization import Normalization  # noqa: E402
-from benchmarks.kernels import Recorder, recorded  # noqa: E402
+from benchmarks.kernels import Recorder, described, recorded  # noqa: E402
 
 if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET=1: kernels are not compiled", allow_module_level=True)
@@ -51,5 +50,5 @@ def test_compiles_onto_tensor_cores_without_spills(arch, dtype, segments, monkey
     for launch in launches:
         compiled = launch.compile(arch)
         assert compiled.spilled == 0, launch.name
-        assert compiled.shared_memory <= configs.SHARED_MEMORY[arch], launch.name
+        assert compiled.shared_memory <= described(arch).shared_memory, launch.name
         assert re.search(r"mma\.sync|wgmma|tcgen05\.mma", compiled.ptx), f"{launch.name}: no tensor cores"

@@ -134,7 +134,7 @@ def test_the_triton_backend_allocates_what_is_predicted(n, d, route, dtype):
     from benchmarks.kernels import recorded
 
     z_a, z_b = (torch.empty(n, d, dtype=dtype, device="meta") for _ in range(2))
-    with recorded(arch=90, multiprocessors=132) as launches, Trace() as traced:
+    with recorded(arch=90) as launches, Trace() as traced:
         spec = Spec("triton", route, CONVENTIONS["batch_norm"], 0.0051, 1.0)
         terms, saved = ops.forward(z_a, z_b, spec, True, False)
         launches.clear()  # they hold all of their arguments
@@ -155,17 +155,17 @@ def test_what_the_triton_backend_moves():
 
 
 def test_a_gpu_that_is_not_here_is_asked_by_name(monkeypatch):
-    """What can run there depends on its compute capability and the dtype, not on this machine."""
+    """What can run there depends on its architecture and the dtype, not on this machine."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for device in devices.KNOWN:
         assert plan(256, 8192, device=device, backend="triton").backend == "triton"
     with pytest.raises(RuntimeError, match=r"backend='triton' cannot take torch.float64"):
         plan(256, 8192, torch.float64, device="h200", backend="triton")
-    old = dataclasses.replace(H200, torch_name="NVIDIA V100", capability=(7, 0))
+    old = dataclasses.replace(H200, torch_name="NVIDIA V100", architecture="sm_70")
     monkeypatch.setitem(devices.KNOWN, "v100", old)
     with pytest.raises(RuntimeError, match=r"needs compute capability 8.0 or newer, this GPU has 7.0"):
         plan(256, 8192, device="v100", backend="triton")
-    with pytest.raises(RuntimeError, match="backend='triton' cannot run on cpu: it needs a CUDA GPU"):
+    with pytest.raises(RuntimeError, match="backend='triton' cannot run on cpu: it needs a GPU of NVIDIA"):
         plan(256, 8192, device="cpu", backend="triton")
 
 
@@ -315,7 +315,9 @@ def test_a_gpu_is_planned_for(monkeypatch):
 )
 @pytest.mark.parametrize(("n", "d"), [(2, 1), (2, 4), (256, 8192), (2**20, 2**20)])
 def test_the_table_fits_80_columns(n, d, dtype, kwargs):
-    for device in ("h200", "h100", "a100", "b200"):
+    for device in devices.KNOWN:
+        if kwargs.get("backend") == "cuda" and device.startswith("mi"):
+            continue
         made = plan(n, d, dtype, device=device, **kwargs)
         text = str(made)
         assert max(map(len, text.splitlines())) <= 80

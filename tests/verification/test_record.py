@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+from devices import H200, machine
 
 from barlow_fused.verification import record
 from barlow_fused.verification.key import differences, installed, key
@@ -152,20 +153,9 @@ def test_the_key_names_everything_that_matters(monkeypatch):
     assert set(differences(this, key(CPU))) == {"architecture"}
 
 
-def test_the_key_of_a_gpu(monkeypatch):
-    class Properties:
-        name, major, minor, total_memory, multi_processor_count = "NVIDIA H200 MIG 1g.18gb", 9, 0, 2**34, 16
-
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
-    monkeypatch.setattr("barlow_fused.backends.accelerator.units", lambda device: 16)
-    found = key(torch.device("cuda", 0))
-    assert {name: found[name] for name in ("gpu", "architecture", "units", "memory", "mig")} == {
-        "gpu": "NVIDIA H200 MIG 1g.18gb",
-        "architecture": "9.0",
-        "units": 16,
-        "memory": 2**34,
-        "mig": True,
-    }
+def test_the_file_of_a_gpu():
+    with machine({**H200, "name": "NVIDIA H200 MIG 1g.18gb"}):
+        found = key(torch.device("cuda", 0))
     assert record.path_of(found).name.startswith("nvidia-h200-mig-1g-18gb-")
 
 

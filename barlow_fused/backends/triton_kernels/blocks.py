@@ -127,6 +127,29 @@ def halves(x):
 
 
 @triton.jit
+def draw_ticket(counter, TICKET: tl.constexpr):
+    """How many programs were here before; of them, all that they have stored is seen from here on.
+
+    First every thread's stores, then one thread's ticket. TICKET: what a maker's GPUs need beside that
+    (accelerator.Accelerator.ticket).
+    """
+    if TICKET == "wait":
+        _wait_for_stores()
+    tl.debug_barrier()
+    ticket = tl.atomic_add(counter, 1, sem="acq_rel")
+    if TICKET == "barrier":
+        tl.debug_barrier()
+    return ticket
+
+
+@triton.jit
+def _wait_for_stores():
+    """Until what this thread has stored can be released by another one: AMD's CDNA."""
+    asm: tl.constexpr = "s_waitcnt vmcnt(0)\n\ts_mov_b32 $0, $1"
+    return tl.inline_asm_elementwise(asm, "=s,s,~{memory}", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def sum_all(x, count, BLOCK: tl.constexpr):
     """The sum of ``count`` float64 numbers that other programs wrote, always in the same order."""
     offsets = tl.arange(0, BLOCK)

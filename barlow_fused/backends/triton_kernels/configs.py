@@ -23,6 +23,10 @@ benchmarks.kernels`` prints registers, spills and shared memory; with Triton 3.9
   consumer chips have 99 KiB: 2.
 * num_warps: 8 for a 128 x 128 tile, since 4 would need 128 registers for the accumulator alone.
 * "tf32x3" splits every operand in two, in registers: half the tile.
+* AMD's GPUs take the tiles of sm_80 with 2 stages, whose operands then fill 16 to 40 KiB of 64: half of them wait in
+  registers, except on gfx950, which has 160 KiB. 256 threads are 4 warps of 64 or, on RDNA, 8 of 32. RDNA has 256
+  registers a thread for everything, and always takes the smaller tiles. It multiplies float32 outside of its matrix
+  cores, CDNA on them.
 * normalize holds BLOCK_N * BLOCK_D numbers of two views in registers: 64 a thread at most, hence fewer columns the more
   rows there are. A row of 16 columns in half precision is still a whole sector of 32 bytes.
 
@@ -40,8 +44,8 @@ import os
 import torch
 
 from .. import accelerator
+from ..accelerator import Accelerator
 
-SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may use
 SUM_BLOCK = 1024  # partial sums added at a time
 CHUNK = 8192  # products a tensor core adds up before a rounded addition (blocks.py)
 FLOAT32_ELEMENTS = 2**16  # of an input, up to which half precision is multiplied in float32
@@ -49,7 +53,8 @@ FLOAT32_RATIO = 1024  # D / N from which it is, too
 RAW_LIMIT = 256.0  # |mu_i mu_j| s_i s_j up to which z itself is multiplied: |mean|/deviation of 16 (raw_limit below)
 GRAM_MANY_ROWS = 512  # from here on gram takes the larger tiles: 10 of them and more
 TMA_MIN_ELEMENTS = 2**23  # of an input: below, launches are what counts, and each descriptor costs the host 4 us
-INTERPRETED = 80  # the architecture whose blocks Triton's interpreter takes
+AMPERE = accelerator.named("sm_80")
+INTERPRETED, INTERPRETED_UNITS = 80, 8  # Triton's interpreter takes that row of TABLE, and as many programs at once
 TMA_IN_INTERPRETER = False  # for tests
 MAX_SPLIT = 32  # slices of D in gram: its last phase reads that many partial tiles one after another
 
@@ -132,6 +137,7 @@ class Chip:
 
     architecture: int  # row of TABLE
     multiprocessors: int  # as many programs run at once, one a multiprocessor
+    about: Accelerator = AMPERE
 
     def gram(self, n: int, dtype: torch.dtype) -> Blocks:
         return self._blocks("gram", dtype, n >= GRAM_MANY_ROWS)
@@ -143,7 +149,7 @@ class Chip:
     def gram_grad(self, n: int, d: int, dtype: torch.dtype, normalized: bool) -> Blocks:
         """With all rows in one tile where they fit."""
         if normalized and n <= max(ONE_TILE):
-            return next(b for rows, b in ONE_TILE.items() if n <= rows)[precision_of(dtype) != "half"]
+            return self._fit(next(b for rows, b in ONE_TILE.items() if n <= rows)[precision_of(dtype) != "half"])
         programs = 2 * cdiv(d, self._blocks("gram_grad", dtype).n)
         return self._blocks("gram_grad", dtype, 4 * programs >= 3 * self.multiprocessors)
 
@@ -152,7 +158,19 @@ class Chip:
         return self._blocks("direct_grad", dtype, cdiv(n, large.m) * cdiv(d, large.n) >= self.multiprocessors)
 
     def _blocks(self, kernel: str, dtype: torch.dtype, many: bool = True) -> Blocks:
-        return TABLE[self.architecture][kernel, precision_of(dtype)][many]
+        precision = self.precision(dtype)
+        many = many and not (self.about.maker == "amd" and self.about.warp_size == 32)
+        return self._fit(TABLE[self.architecture][kernel, "tf32x3" if precision == "ieee" else precision][many])
+
+    def _fit(self, blocks: Blocks) -> Blocks:
+        """With the stages and warps of another maker's GPUs."""
+        if self.about.maker == "nvidia":
+            return blocks
+        return dataclasses.replace(blocks, num_stages=min(blocks.num_stages, 2), num_warps=256 // self.about.warp_size)
+
+    def precision(self, dtype: torch.dtype) -> str:
+        """What the matrix cores multiply, as precision_of says, of which other makers' can less."""
+        return precision_of(dtype, self.about)
 
     def split(self, n: int, d: int, itemsize: int, blocks: Blocks) -> tuple[int, int]:
         """Into how many slices gram cuts D, and their length in steps of BLOCK_K.
@@ -174,20 +192,22 @@ class Chip:
 
 def chip(device: torch.device) -> Chip:
     """Of a device of this machine."""
-    return Chip(architecture(device), multiprocessors(device))
+    return chip_of(accelerator.of(device))
 
 
 @functools.cache
-def architecture(device: torch.device) -> int:
-    """The row of TABLE for a device."""
-    if device.type != "cuda":
+def chip_of(about: Accelerator) -> Chip:
+    """Of a device; where Triton's interpreter runs, one that has few programs at once."""
+    if not about.is_gpu:
+        return Chip(INTERPRETED, INTERPRETED_UNITS)
+    return Chip(architecture_of(about), about.units, about)
+
+
+def architecture_of(about: Accelerator) -> int:
+    """The row of TABLE for a GPU: grouped by shared memory and instructions."""
+    if about.capability is None:
         return INTERPRETED
-    return architecture_of(torch.cuda.get_device_capability(device))
-
-
-def architecture_of(capability: tuple[int, int]) -> int:
-    """The row of TABLE for a compute capability: grouped by shared memory and instructions."""
-    major, minor = capability
+    major, minor = about.capability
     if (major == 8 and minor != 0) or major >= 12:
         return 86
     return {8: 80, 9: 90}.get(major, 100)
@@ -195,18 +215,13 @@ def architecture_of(capability: tuple[int, int]) -> int:
 
 def has_tma(device: torch.device) -> bool:
     """Whether the device has a tensor memory accelerator that Triton can use, and nobody has turned it off."""
-    if os.environ.get("BARLOW_FUSED_TRITON_TMA", "1") == "0" or device.type != "cuda":
-        return device.type != "cuda" and TMA_IN_INTERPRETER
-    return architecture(device) >= 90
+    about = accelerator.of(device)
+    if not about.is_gpu:
+        return TMA_IN_INTERPRETER
+    return about.tma and os.environ.get("BARLOW_FUSED_TRITON_TMA", "1") != "0"
 
 
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Of a device of this machine."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
-
-
-def precision_of(dtype: torch.dtype) -> str:
+def precision_of(dtype: torch.dtype, about: Accelerator = AMPERE) -> str:
     """What the tensor cores multiply; float32 obeys PyTorch's switch (accelerator.tf32).
 
     Without TF32 it takes three such products (a_low b_high + a_high b_low + a_high b_high): 2^-22 relative, as accurate
@@ -214,7 +229,7 @@ def precision_of(dtype: torch.dtype) -> str:
     """
     if dtype != torch.float32:
         return "half"
-    return "tf32" if accelerator.tf32() else "tf32x3"
+    return about.float32_precision(accelerator.tf32())
 
 
 def compute_dtype(n: int, d: int, dtype: torch.dtype, normalized: bool) -> torch.dtype:

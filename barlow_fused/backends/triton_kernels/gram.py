@@ -30,7 +30,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .blocks import cast, matmul, store_terms, sum_all
+from .blocks import cast, draw_ticket, matmul, store_terms, sum_all
 
 
 @triton.jit(do_not_specialize=["tiles", "split", "steps", "slabs"])
@@ -46,7 +46,7 @@ def gram_kernel(
     N, D, tiles, split, steps, slabs, lambd, scale,  # a slice is steps * BLOCK_K columns
     SHIFT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
     EVEN: tl.constexpr, TMA: tl.constexpr, UNIT_STRIDE: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_SUM: tl.constexpr,
+    TICKET: tl.constexpr, ROWS: tl.constexpr, BLOCK_SUM: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     tile = pid % tiles  # tiles run fastest: programs that run together read the same columns
@@ -77,9 +77,7 @@ def gram_kernel(
     item = (part * 2 + view).to(tl.int64) * tiles + tile
     tl.store(partials + item * BLOCK * BLOCK + i[:, None] * BLOCK + i[None, :], acc)
 
-    # The tile's last item to arrive: every thread's stores, then one thread's ticket.
-    tl.debug_barrier()
-    if tl.atomic_add(counters + tile, 1, sem="acq_rel") == 2 * split - 1:
+    if draw_ticket(counters + tile, TICKET) == 2 * split - 1:  # the tile's last item to arrive
         tl.store(counters + tile, 0)
         tile_sum = tl.zeros([ROWS], tl.float64)
         view_stride = tl.cast(tiles, tl.int64) * BLOCK * BLOCK
@@ -111,8 +109,7 @@ def gram_kernel(
                 tl.store(k_b_out + columns * N + rows, k_b, mask=above)
         tl.store(inner + tile, tl.sum(tile_sum, 0))
 
-        tl.debug_barrier()
-        if tl.atomic_add(counters + tiles, 1, sem="acq_rel") == tiles - 1:  # the last tile
+        if draw_ticket(counters + tiles, TICKET) == tiles - 1:  # the last tile
             tl.store(counters + tiles, 0)
             squares = sum_all(sums + slabs, slabs, BLOCK_SUM)  # of C_ii
             n = tl.cast(N, tl.float64)
