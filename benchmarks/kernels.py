@@ -48,6 +48,7 @@ from . import sass
 
 KERNELS = (
     *("normalize_kernel", "moments_kernel", "apply_moments_kernel", "gram_kernel", "gram_grad_kernel"),
+    *("grad_product_kernel", "grad_apply_kernel"),
     *("correlate_kernel", "correlate_terms_kernel", "direct_grad_kernel"),
 )
 TYPES = {

@@ -1,6 +1,6 @@
 """What several kernels are built of: a tile of a matrix product, sums in a fixed order, the rows of ``stats``."""
 
-# ruff: noqa: ANN001, ANN201, N803 - the language of Triton kernels is not quite Python
+# ruff: noqa: ANN001, ANN201, N803, SIM108 - the language of Triton kernels is not quite Python
 
 from __future__ import annotations
 
@@ -40,13 +40,17 @@ def matmul(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr,
-    EVEN: tl.constexpr,
+    EVEN: tl.constexpr,  # no tile passes the end
+    LEFT_K: tl.constexpr,  # no block of left passes the end of K, or zeros follow it there
+    RIGHT_K: tl.constexpr,
     TMA: tl.constexpr,
-    LEFT_KM: tl.constexpr,
+    LEFT_KM: tl.constexpr,  # how left lies in memory: [K, m_size], and not [m_size, K]
     RIGHT_NK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A [BLOCK_M, BLOCK_N] tile of left @ right in float32; rows and columns past the end are 0 (EVEN: none are).
+    """A [BLOCK_M, BLOCK_N] tile of left @ right in float32; its rows and columns past the end are arbitrary.
+
+    Past the end of an operand that lies row by row stands its last row again, which costs no mask.
 
     Tensor cores truncate each sum that they add to. Over K products of one sign in half precision, 16 an addition, that
     loses about 1e-9 * K of the result: 3e-4 of the diagonal of K_a at D = 262 144. With CHUNK > 0 every CHUNK products
@@ -55,7 +59,7 @@ def matmul(
     if CHUNK == 0:
         total = _matmul_chunk(
             left, left_m, left_k, row, m_size, right, right_k, right_n, right_first, column, n_size,
-            k_begin, k_end, k_size, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, TMA, LEFT_KM, RIGHT_NK, PRECISION,
+            k_begin, k_end, k_size, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, LEFT_K, RIGHT_K, TMA, LEFT_KM, RIGHT_NK, PRECISION,
         )  # fmt: skip
     else:
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -63,7 +67,7 @@ def matmul(
             total += _matmul_chunk(
                 left, left_m, left_k, row, m_size, right, right_k, right_n, right_first, column, n_size,
                 chunk, tl.minimum(chunk + CHUNK, k_end), k_size,
-                BLOCK_M, BLOCK_N, BLOCK_K, EVEN, TMA, LEFT_KM, RIGHT_NK, PRECISION,
+                BLOCK_M, BLOCK_N, BLOCK_K, EVEN, LEFT_K, RIGHT_K, TMA, LEFT_KM, RIGHT_NK, PRECISION,
             )  # fmt: skip
     return total
 
@@ -71,8 +75,9 @@ def matmul(
 @triton.jit
 def _matmul_chunk(
     left, left_m, left_k, row, m_size, right, right_k, right_n, right_first, column, n_size, k_begin, k_end, k_size,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr,
-    LEFT_KM: tl.constexpr, RIGHT_NK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
+    LEFT_K: tl.constexpr, RIGHT_K: tl.constexpr, TMA: tl.constexpr, LEFT_KM: tl.constexpr, RIGHT_NK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if TMA:
@@ -83,6 +88,17 @@ def _matmul_chunk(
     else:
         rows = row + tl.arange(0, BLOCK_M)
         columns = column + tl.arange(0, BLOCK_N)
+        left_inside = None
+        right_inside = None
+        if not EVEN:
+            if LEFT_KM:
+                left_inside = (rows < m_size)[:, None]
+            else:
+                rows = tl.minimum(rows, m_size - 1)
+            if RIGHT_NK:
+                columns = tl.minimum(columns, n_size - 1)
+            else:
+                right_inside = (columns < n_size)[None, :]
         ks = tl.arange(0, BLOCK_K)
         first = (k_begin + ks).to(tl.int64)
         x_ptr = left + rows.to(tl.int64)[:, None] * left_m + first[None, :] * left_k
@@ -90,16 +106,26 @@ def _matmul_chunk(
         left_step = tl.cast(left_k, tl.int64) * BLOCK_K
         right_step = tl.cast(right_k, tl.int64) * BLOCK_K
         for k in range(k_begin, k_end, BLOCK_K):
-            if EVEN:
-                x = tl.load(x_ptr)
-                y = tl.load(y_ptr)
-            else:
-                x = tl.load(x_ptr, mask=(rows < m_size)[:, None] & (k + ks < k_size)[None, :], other=0.0)
-                y = tl.load(y_ptr, mask=(k + ks < k_size)[:, None] & (columns < n_size)[None, :], other=0.0)
+            x = _load(x_ptr, left_inside, (k + ks < k_size)[None, :], LEFT_K)
+            y = _load(y_ptr, right_inside, (k + ks < k_size)[:, None], RIGHT_K)
             acc = _dot(x, y, acc, PRECISION)
             x_ptr += left_step
             y_ptr += right_step
     return acc
+
+
+@triton.jit
+def _load(ptr, inside, inside_k, WHOLE_K: tl.constexpr):
+    if not WHOLE_K:
+        if inside is None:
+            inside = inside_k
+        else:
+            inside = inside & inside_k
+    if inside is None:
+        x = tl.load(ptr)
+    else:
+        x = tl.load(ptr, mask=inside, other=0.0)
+    return x
 
 
 @triton.jit

@@ -41,7 +41,10 @@ import torch
 
 from .. import accelerator
 
+MAX_REGISTERS = 255  # of a thread
+REGISTERS = 65536  # of a multiprocessor
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may use
+ROW_BYTES = 128  # where rows of A_hat, B_hat, K and C begin: a BLOCK_K of numbers, which no mask need cut
 SUM_BLOCK = 1024  # partial sums added at a time
 CHUNK = 8192  # products a tensor core adds up before a rounded addition (blocks.py)
 FLOAT32_ELEMENTS = 2**16  # of an input, up to which half precision is multiplied in float32
@@ -51,6 +54,7 @@ GRAM_MANY_ROWS = 512  # from here on gram takes the larger tiles: 10 of them and
 TMA_MIN_ELEMENTS = 2**23  # of an input: below, launches are what counts, and each descriptor costs the host 4 us
 INTERPRETED = 80  # the architecture whose blocks Triton's interpreter takes
 TMA_IN_INTERPRETER = False  # for tests
+GRAD_COLUMNS = 32768  # grad_columns, at least
 MAX_SPLIT = 32  # slices of D in gram: its last phase reads that many partial tiles one after another
 
 
@@ -63,10 +67,16 @@ class Blocks:
     k: int
     num_warps: int
     num_stages: int
+    registers: int = MAX_REGISTERS  # of a thread, at most: so that several programs share a multiprocessor
 
     def options(self) -> dict[str, int]:
         """What Triton's launcher takes."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        limit = {} if self.registers == MAX_REGISTERS else {"maxnreg": self.registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages} | limit
+
+    def without_limit(self) -> Blocks:
+        """The same with all registers: for operands that take masks or single numbers, which take more of them."""
+        return dataclasses.replace(self, registers=MAX_REGISTERS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +113,10 @@ def _with_stages(table: dict, stages: dict[str, int]) -> dict:
     }
 
 
-_HOPPER = _with_stages(_AMPERE, {"half": 4, "tf32": 4, "tf32x3": 3})
+_HOPPER = _with_stages(_AMPERE, {"half": 4, "tf32": 4, "tf32x3": 3}) | {  # two programs a multiprocessor, or three
+    ("gram", "half"): (Blocks(64, 64, 64, 4, 4, 168), Blocks(128, 128, 64, 8, 3, 128)),
+    ("gram_grad", "half"): (Blocks(64, 64, 64, 4, 3, 168), Blocks(128, 128, 64, 8, 3, 128)),
+}
 TABLE = {
     80: _AMPERE,
     86: _with_stages(_AMPERE, {"half": 2, "tf32": 2, "tf32x3": 2}),
@@ -131,7 +144,7 @@ class Chip:
     """What the choice of blocks depends on, beside the shape."""
 
     architecture: int  # row of TABLE
-    multiprocessors: int  # as many programs run at once, one a multiprocessor
+    multiprocessors: int
 
     def gram(self, n: int, dtype: torch.dtype) -> Blocks:
         return self._blocks("gram", dtype, n >= GRAM_MANY_ROWS)
@@ -144,12 +157,19 @@ class Chip:
         """With all rows in one tile where they fit."""
         if normalized and n <= max(ONE_TILE):
             return next(b for rows, b in ONE_TILE.items() if n <= rows)[precision_of(dtype) != "half"]
-        programs = 2 * cdiv(d, self._blocks("gram_grad", dtype).n)
+        large = self._blocks("gram_grad", dtype)
+        programs = 2 * cdiv(d, large.n) * cdiv(n, large.m)
         return self._blocks("gram_grad", dtype, 4 * programs >= 3 * self.multiprocessors)
 
     def direct_grad(self, n: int, d: int, dtype: torch.dtype) -> Blocks:
         large = self._blocks("direct_grad", dtype)
         return self._blocks("direct_grad", dtype, cdiv(n, large.m) * cdiv(d, large.n) >= self.multiprocessors)
+
+    def resident(self, blocks: Blocks) -> int:
+        """How many programs with these blocks a multiprocessor holds; of shared memory each takes 1 KiB more."""
+        shared = blocks.num_stages * (blocks.m + blocks.n) * ROW_BYTES + 1024
+        registers = cdiv(blocks.registers, 8) * 8 * 32 * blocks.num_warps
+        return max(1, min((SHARED_MEMORY[self.architecture] + 1024) // shared, REGISTERS // registers))
 
     def _blocks(self, kernel: str, dtype: torch.dtype, many: bool = True) -> Blocks:
         return TABLE[self.architecture][kernel, precision_of(dtype)][many]
@@ -157,15 +177,18 @@ class Chip:
     def split(self, n: int, d: int, itemsize: int, blocks: Blocks) -> tuple[int, int]:
         """Into how many slices gram cuts D, and their length in steps of BLOCK_K.
 
-        A program takes as many steps as its slice has and about 8 more to start, store and hand over, and a tile's
-        last phase about 2 a slice. The multiprocessors take the programs in waves. The partial tiles may take the
+        A multiprocessor's programs take as many steps as their slices have; about 8 more to start, store and hand over,
+        which those that share it do at once; and a tile's last phase about 2 a slice. The partial tiles may take the
         memory of the two input gradients, which do not exist yet, and always that of one slice.
         """
         tiles, steps = triangle(n, blocks.m), cdiv(d, blocks.k)
         budget = 2 * n * d * itemsize // (2 * tiles * blocks.m**2 * 4)
 
+        resident = self.resident(blocks)
+
         def time(slices: int) -> int:
-            return cdiv(2 * tiles * slices, self.multiprocessors) * (cdiv(steps, slices) + 8) + 2 * slices
+            programs = cdiv(2 * tiles * slices, self.multiprocessors)
+            return programs * cdiv(steps, slices) + cdiv(programs, resident) * 8 + 2 * slices
 
         slices = min(range(1, max(1, min(MAX_SPLIT, budget, steps)) + 1), key=time)
         length = cdiv(steps, slices)
@@ -225,6 +248,11 @@ def compute_dtype(n: int, d: int, dtype: torch.dtype, normalized: bool) -> torch
     """
     exact = normalized and dtype.itemsize == 2 and (n * d <= FLOAT32_ELEMENTS or d >= FLOAT32_RATIO * n)
     return torch.float32 if exact else dtype
+
+
+def grad_columns(n: int) -> int:
+    """How many features' gradients are made at a time where N is several tiles: their row sums take half of K."""
+    return max(GRAD_COLUMNS, 32 * n)
 
 
 def stats_rows(normalized: bool, raw: bool) -> int:

@@ -1,7 +1,8 @@
 """gram: K_a = A_hat A_hat^T, K_b = B_hat B_hat^T, their inner product, and the terms of the loss. One launch.
 
     reads   A_hat, B_hat [N, D]; the sums of ``normalize``
-    writes  K_a / D - shift (I - 1 1^T / N) and K_b / D alike, [2, N, N] in the compute dtype (only for a gradient)
+    writes  K_a / D - shift (I - 1 1^T / N) and K_b / D alike, [2, N, N] in the compute dtype, any
+            numbers up to the end of each padded row (only for a gradient)
             loss, on_diag, off_diag, float32
     FLOPs   2 N^2 D: both products, each on its lower triangle
     bytes   each of T = ceil(N / BLOCK) tile rows of A_hat is read about T times, from L2 where slices march together;
@@ -30,7 +31,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .blocks import cast, matmul, store_terms, sum_all
+from .blocks import cast, halves, matmul, store_terms, sum_all
 
 
 @triton.jit(do_not_specialize=["tiles", "split", "steps", "slabs"])
@@ -38,14 +39,14 @@ def gram_kernel(
     a, b, a_n, a_d, b_n, b_d,  # A_hat, B_hat and strides; with TMA, where BLOCK divides N, a is a descriptor of
     # [BLOCK, BLOCK_K] blocks of both, [2 N, D]
     partials,  # [split, 2, tiles, BLOCK, BLOCK] float32
-    k_out,  # [2, N, N], or None
+    k_out, k_pitch,  # [2, N, N], rows that begin k_pitch numbers apart; or None
     inner,  # [tiles] float64
     sums,  # [2, slabs] float64
     counters,  # [tiles + 1] int32, zero before and after
     loss, on_diag, off_diag,
     N, D, tiles, split, steps, slabs, lambd, scale,  # a slice is steps * BLOCK_K columns
     SHIFT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
-    EVEN: tl.constexpr, TMA: tl.constexpr, UNIT_STRIDE: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE_K: tl.constexpr, TMA: tl.constexpr, UNIT_STRIDE: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_SUM: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -57,25 +58,24 @@ def gram_kernel(
     end = tl.minimum(begin + steps * BLOCK_K, D)
     row = tile_m * BLOCK
     column = tile_n * BLOCK
-    if TMA:
-        acc = matmul(
-            a, 0, 0, view * N + row, 2 * N, a, 0, 0, 0, view * N + column, 2 * N, begin, end, D,
-            BLOCK, BLOCK, BLOCK_K, CHUNK, EVEN, True, False, True, PRECISION,
-        )  # fmt: skip
-    else:
-        x = tl.where(view == 0, a, b)
-        x_n = tl.where(view == 0, a_n, b_n)
-        if UNIT_STRIDE:  # known to the compiler, which then loads 16 bytes at once
-            x_d = 1
-        else:
-            x_d = tl.where(view == 0, a_d, b_d)
-        acc = matmul(
-            x, x_n, x_d, row, N, x, x_d, x_n, 0, column, N, begin, end, D,
-            BLOCK, BLOCK, BLOCK_K, CHUNK, EVEN, False, False, False, PRECISION,
-        )  # fmt: skip
     i = tl.arange(0, BLOCK)
     item = (part * 2 + view).to(tl.int64) * tiles + tile
-    tl.store(partials + item * BLOCK * BLOCK + i[:, None] * BLOCK + i[None, :], acc)
+    out = partials + item * BLOCK * BLOCK
+    if CHUNK == 0:
+        acc = _product(
+            a, b, a_n, a_d, b_n, b_d, view, row, column, begin, end, N, D,
+            BLOCK, BLOCK_K, WHOLE_K, TMA, UNIT_STRIDE, PRECISION,
+        )  # fmt: skip
+        tl.store(out + i[:, None] * BLOCK + i[None, :], acc)
+    else:  # blocks.matmul says why; a second accumulator waits in memory
+        for chunk in range(begin, end, CHUNK):
+            acc = _product(
+                a, b, a_n, a_d, b_n, b_d, view, row, column, chunk, tl.minimum(chunk + CHUNK, end), N, D,
+                BLOCK, BLOCK_K, WHOLE_K, TMA, UNIT_STRIDE, PRECISION,
+            )  # fmt: skip
+            left, right = halves(acc)
+            _add(out, left, chunk > begin, 0)
+            _add(out, right, chunk > begin, BLOCK // 2)
 
     # The tile's last item to arrive: every thread's stores, then one thread's ticket.
     tl.debug_barrier()
@@ -101,14 +101,14 @@ def gram_kernel(
                 shift = SHIFT * 1.0 * (tl.where(rows == columns, 1.0, 0.0) - 1.0 / N)
                 k_a = cast(k_a / D - shift, k_out)
                 k_b = cast(k_b / D - shift, k_out)
+                above = (rows > columns) & (rows < k_pitch) & (columns < N)  # beyond N what gram_grad multiplies by 0
                 rows = rows.to(tl.int64)
                 columns = columns.to(tl.int64)
-                k_b_out = k_out + tl.cast(N, tl.int64) * N
-                tl.store(k_out + rows * N + columns, k_a, mask=lower)
-                tl.store(k_b_out + rows * N + columns, k_b, mask=lower)
-                above = lower & (rows > columns)
-                tl.store(k_out + columns * N + rows, k_a, mask=above)
-                tl.store(k_b_out + columns * N + rows, k_b, mask=above)
+                k_b_out = k_out + tl.cast(N, tl.int64) * k_pitch
+                tl.store(k_out + rows * k_pitch + columns, k_a, mask=lower)
+                tl.store(k_b_out + rows * k_pitch + columns, k_b, mask=lower)
+                tl.store(k_out + columns * k_pitch + rows, k_a, mask=above)
+                tl.store(k_b_out + columns * k_pitch + rows, k_b, mask=above)
         tl.store(inner + tile, tl.sum(tile_sum, 0))
 
         tl.debug_barrier()
@@ -118,6 +118,43 @@ def gram_kernel(
             n = tl.cast(N, tl.float64)
             off_sum = sum_all(inner, tiles, BLOCK_SUM) / (n * n) - squares
             store_terms(off_sum, sums, slabs, lambd, scale, loss, on_diag, off_diag, BLOCK_SUM)
+
+
+@triton.jit
+def _product(
+    a, b, a_n, a_d, b_n, b_d, view, row, column, begin, end, N, D,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE_K: tl.constexpr, TMA: tl.constexpr, UNIT_STRIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of one view's K, summed over a part of D."""
+    if TMA:
+        acc = matmul(
+            a, 0, 0, view * N + row, 2 * N, a, 0, 0, 0, view * N + column, 2 * N, begin, end, D,
+            BLOCK, BLOCK, BLOCK_K, 0, False, WHOLE_K, WHOLE_K, True, False, True, PRECISION,
+        )  # fmt: skip
+    else:
+        x = tl.where(view == 0, a, b)
+        x_n = tl.where(view == 0, a_n, b_n)
+        if UNIT_STRIDE:  # known to the compiler, which then loads 16 bytes at once
+            x_d = 1
+        else:
+            x_d = tl.where(view == 0, a_d, b_d)
+        acc = matmul(
+            x, x_n, x_d, row, N, x, x_d, x_n, 0, column, N, begin, end, D,
+            BLOCK, BLOCK, BLOCK_K, 0, False, WHOLE_K, WHOLE_K, False, False, True, PRECISION,
+        )  # fmt: skip
+    return acc
+
+
+@triton.jit
+def _add(out, x, again, column):
+    """Add one half of a tile to what this program has stored of it, or store it."""
+    rows = tl.arange(0, x.shape[0])
+    ptr = out + rows[:, None] * x.shape[0] + (column + tl.arange(0, x.shape[1]))[None, :]
+    tl.debug_barrier()  # other threads may have stored it
+    if again:
+        x += tl.load(ptr, cache_modifier=".cg")
+    tl.store(ptr, x)
 
 
 @triton.jit
