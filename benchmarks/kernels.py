@@ -119,7 +119,7 @@ class Launch:
             if aligned:
                 attributes[(index,)] = [["tt.divisibility", 16]]
         source = ASTSource(self.kernel, signature, constants, attributes)
-        options = {k: v for k, v in self.options.items() if k in ("num_warps", "num_stages")}
+        options = {k: v for k, v in self.options.items() if k in ("num_warps", "num_stages", "maxnreg")}
         log = io.StringIO()  # of ptxas, which says how many registers it spilled
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.redirect_stdout(log))

@@ -106,7 +106,7 @@ def gram(
     tma = padded and _use_tma(on.device, a_hat)
     both = Block(x.hats.flatten(0, 1), blocks.m, blocks.k) if tma else a_hat
     on.launch(
-        *(_tuned(gram_kernel), (tiles * 2 * split,)),
+        *(_tuned(gram_kernel, blocks), (tiles * 2 * split,)),
         *(both, b_hat, *a_hat.stride(), *b_hat.stride(), partials, k, pitch(k), inner, x.sums, x.counters, *terms),
         *(n, d, tiles, split, steps, x.sums.shape[1], on.lambd, on.scale),
         SHIFT=0 if x.normalization is None else 1,
@@ -117,7 +117,8 @@ def gram(
         TMA=tma,
         UNIT_STRIDE=_unit_stride(a_hat, b_hat),
         PRECISION=input_precision(precision),
-        ROWS=16,
+        ROWS=1024 // blocks.m,
+        SLICES=configs.SLICES,
         BLOCK_SUM=configs.SUM_BLOCK,
         **_options(blocks),
     )
@@ -141,7 +142,7 @@ def correlate(
     operands = [Block(t, blocks.k, blocks.m) if tma else t for t in factors]
     strides = [(*a.stride(), *b.stride()) for a, b in (factors[:2], factors[2:])]
     on.launch(
-        *(_tuned(correlate_kernel), (tiles**2,)),
+        *(_tuned(correlate_kernel, blocks), (tiles**2,)),
         *(*operands[:2], *strides[0], *operands[2:], *strides[1]),
         *(x.stats, c, pitch(c), row_sums, off_sums, n, d, configs.raw_limit(n)),
         RAW=x.raw,
@@ -217,7 +218,7 @@ def _gram_grad(
         blocks = blocks.without_limit()
     if one_tile:
         on.launch(
-            *(_tuned(gram_grad_kernel), (len(views) * slabs * cdiv(n, blocks.m),)),
+            *(_tuned(gram_grad_kernel, blocks), (len(views) * slabs * cdiv(n, blocks.m),)),
             *(*views_z, *strides_z, right, b_hat, *a_hat.stride(), *b_hat.stride(), left, pitch(k), x.stats),
             *(*out, *out[0].stride(), *out[1].stride(), *g_terms, n, d, k_divisor),
             *(views[0], slabs, on.lambd, on.scale),
@@ -237,7 +238,7 @@ def _gram_grad(
     for first in range(0, slabs, at_once):
         count = min(at_once, slabs - first)
         on.launch(
-            *(_tuned(grad_product_kernel), (len(views) * count * row_tiles,)),
+            *(_tuned(grad_product_kernel, blocks), (len(views) * count * row_tiles,)),
             *(x.hats, pitch(x.hats), right, left, pitch(k), *out, *out[0].stride(), *out[1].stride(), row_sums),
             *(n, d, views[0], len(views), first, count),
             **of_product,
@@ -276,7 +277,7 @@ def _direct_grad(
             left = Block(left, blocks.m, blocks.k)
             right = Block(c, *((blocks.k, blocks.n) if view else (blocks.n, blocks.k)))
         on.launch(
-            *(_tuned(direct_grad_kernel), (cdiv(n, blocks.m) * cdiv(d, blocks.n),)),
+            *(_tuned(direct_grad_kernel, blocks), (cdiv(n, blocks.m) * cdiv(d, blocks.n),)),
             *(own, other, *strides, left, *left_strides, right, pitch(c), x.stats, grad, *grad.stride()),
             *(*g_terms, n, d, on.lambd, on.scale),
             VIEW=view,
@@ -339,13 +340,15 @@ def _options(blocks: Blocks) -> dict[str, int]:
     return {} if configs.autotuned() else blocks.options()
 
 
-def _tuned(kernel: Any) -> Any:
-    """The kernel, or where it is asked for one that measures num_warps and num_stages for each shape first."""
-    return _autotuner(kernel) if configs.autotuned() else kernel
+def _tuned(kernel: Any, blocks: Blocks) -> Any:
+    """The kernel, or where it is asked for one that measures num_stages for each shape first."""
+    return _autotuner(kernel, blocks.num_warps, blocks.registers) if configs.autotuned() else kernel
 
 
 @functools.cache
-def _autotuner(kernel: Any) -> Any:
-    choices = [triton.Config({}, num_warps=w, num_stages=s) for w in (4, 8) for s in (2, 3, 4)]
+def _autotuner(kernel: Any, num_warps: int, registers: int) -> Any:
+    """Stages alone: other warps add in another order, and ranks that measure apart must agree in every bit."""
+    limit = None if registers == configs.MAX_REGISTERS else registers
+    choices = [triton.Config({}, num_warps=num_warps, num_stages=s, maxnreg=limit) for s in (2, 3, 4)]
     key = ["N", "D", *(name for name in kernel.arg_names if name.isupper() and name not in ("N", "D"))]
     return triton.autotune(choices, key)(kernel)

@@ -20,6 +20,21 @@ MEAN = tl.constexpr(7)  # where z is standardised again: not in float32
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
+if hasattr(tl, "barrier"):  # the name in newer Triton
+
+    @triton.jit
+    def barrier():
+        """All of a program's threads wait for one another, and see what these have stored."""
+        tl.barrier()
+
+else:
+
+    @triton.jit
+    def barrier():
+        """All of a program's threads wait for one another, and see what these have stored."""
+        tl.debug_barrier()
+
+
 @triton.jit
 def matmul(
     left,  # [m_size, K]: a pointer, or with TMA a descriptor of [BLOCK_M, BLOCK_K] blocks (LEFT_KM: of the transpose)
@@ -153,19 +168,23 @@ def halves(x):
 
 
 @triton.jit
-def sum_all(x, count, BLOCK: tl.constexpr):
-    """The sum of ``count`` float64 numbers that other programs wrote, always in the same order."""
+def sum_all(sums, slabs, x, count, BLOCK: tl.constexpr):
+    """normalize's two sums, of ``slabs`` float64 numbers, and that of ``count`` others: one loop, in a fixed order."""
     offsets = tl.arange(0, BLOCK)
+    on = tl.zeros([BLOCK], tl.float64)
+    squares = tl.zeros([BLOCK], tl.float64)
     total = tl.zeros([BLOCK], tl.float64)
-    for start in range(0, count, BLOCK):
-        total += tl.load(x + start + offsets, mask=start + offsets < count, other=0.0, cache_modifier=".cg")
-    return tl.sum(total, 0)
+    for start in range(0, tl.maximum(slabs, count), BLOCK):
+        at = start + offsets
+        on += tl.load(sums + at, mask=at < slabs, other=0.0, cache_modifier=".cg")
+        squares += tl.load(sums + slabs + at, mask=at < slabs, other=0.0, cache_modifier=".cg")
+        total += tl.load(x + at, mask=at < count, other=0.0, cache_modifier=".cg")
+    return tl.sum(on, 0), tl.sum(squares, 0), tl.sum(total, 0)
 
 
 @triton.jit
-def store_terms(off_sum, sums, slabs, lambd, scale, loss, on_diag, off_diag, BLOCK: tl.constexpr):
+def store_terms(on_sum, off_sum, lambd, scale, loss, on_diag, off_diag):
     """The three terms, from sums in float64. ``off_sum`` is the sum of C_ij^2 off the diagonal; NaN passes."""
-    on_sum = sum_all(sums, slabs, BLOCK)
     off_sum = tl.where(off_sum < 0, 0.0, off_sum)
     tl.store(loss, ((on_sum + lambd * off_sum) * scale).to(tl.float32))
     tl.store(on_diag, on_sum.to(tl.float32))

@@ -1,33 +1,37 @@
 """Block shapes of the kernels, by architecture and shape.
 
 They come from reasoning and from what the compiler says, not from measurements on a GPU. ``python -m
-benchmarks.kernels`` prints registers, spills and shared memory; with Triton 3.9 for sm_90 in bfloat16:
+benchmarks.kernels`` prints registers, spills and shared memory; with Triton 3.8 for sm_90 in bfloat16:
 
     N, D                kernel        BLOCK_M, _N, _K    warps   stages   registers   shared memory
-    256, 8192           gram           64   64   64        4       4         116          64 KiB
-                        gram_grad     256   64   64        8       3         215         120 KiB
-    2048, 65536         gram          128  128   64        8       4         116         128 KiB
-                        gram_grad     128  128   64        8       4         202         128 KiB
-    8192, 2048 direct   correlate     128  128   64        8       4         182         128 KiB
-                        direct_grad   128  128   64        8       4         240         128 KiB
+    256, 8192           gram           64   64   64        4       4         168          64 KiB
+                        gram_grad     256   64   64        8       3         223         120 KiB
+    2048, 65536         gram          128  128   64        8       3         120          96 KiB
+                        grad_product  128  128   64        8       3         121          96 KiB
+    8192, 2048 direct   correlate     128  128   64        8       4         184         128 KiB
+                        direct_grad   128  128   64        8       4         254         128 KiB
 
 * BLOCK_M, BLOCK_N: the larger the tile, the fewer bytes a FLOP. An accumulator takes BLOCK_M * BLOCK_N / threads of the
   255 registers that a thread has, and once more where sums are cut into chunks (blocks.py): 128 x 128 by 256 threads is
   64 + 64. The next size, 128 x 256, leaves no registers for the epilogues.
 * Few tiles (small N or D) leave multiprocessors idle: 64 x 64 then, four times as many. gram takes the larger tile from
   N = 512 on, where it has 10 tiles and slices of D do the rest; the others where the larger tiles fill the chip.
-* gram_grad with N <= 256 has all rows of a feature in one tile, and needs no second walk: BLOCK_M is N's power of two.
+* gram_grad with N <= 256 has all rows of a feature in one tile: BLOCK_M is N's power of two.
 * BLOCK_K = 64 halves or 32 float32 are 128 bytes, a line of shared memory as the tensor cores and TMA want it.
 * num_stages: (BLOCK_M + BLOCK_N) * BLOCK_K numbers of shared memory each, 32 KiB at 128, 128, 64 in half precision.
   sm_80 has 163 KiB a block: 3, which leaves room for the epilogue. sm_90 and sm_100 have 227 KiB: 4, of up to 7. The
   consumer chips have 99 KiB: 2.
+* The Gram route's products in half precision take 3 of them and at most 128 registers on sm_90 and sm_100, so that two
+  programs share a multiprocessor (``Chip.resident``): one's epilogue hides behind the other's product. Operands that
+  take masks, gradients that take single numbers and a second accumulator need more registers, and have them.
 * num_warps: 8 for a 128 x 128 tile, since 4 would need 128 registers for the accumulator alone.
 * "tf32x3" splits every operand in two, in registers: half the tile.
 * normalize holds BLOCK_N * BLOCK_D numbers of two views in registers: 64 a thread at most, hence fewer columns the more
   rows there are. A row of 16 columns in half precision is still a whole sector of 32 bytes.
 
-``BARLOW_FUSED_TRITON_AUTOTUNE=1`` lets Triton measure num_warps and num_stages of the four products instead, once for
-each shape and dtype. That takes longer than a first call without it, and cannot happen while a CUDA graph is captured.
+``BARLOW_FUSED_TRITON_AUTOTUNE=1`` lets Triton measure num_stages of the products instead, once for each shape and
+dtype. That takes longer than a first call without it, and cannot happen while a CUDA graph is captured. num_warps
+stays: other warps add in another order, and ranks that measure apart would differ in the last bits.
 tests/kernels/test_triton_compile.py compiles the table: tensor cores, no spills, shared memory within the limit.
 """
 
@@ -45,6 +49,7 @@ MAX_REGISTERS = 255  # of a thread
 REGISTERS = 65536  # of a multiprocessor
 SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may use
 ROW_BYTES = 128  # where rows of A_hat, B_hat, K and C begin: a BLOCK_K of numbers, which no mask need cut
+SLICES = 8  # partial tiles of a view that gram's last phase loads at a time
 SUM_BLOCK = 1024  # partial sums added at a time
 CHUNK = 8192  # products a tensor core adds up before a rounded addition (blocks.py)
 FLOAT32_ELEMENTS = 2**16  # of an input, up to which half precision is multiplied in float32

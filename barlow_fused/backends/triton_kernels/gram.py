@@ -31,7 +31,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .blocks import cast, halves, matmul, store_terms, sum_all
+from .blocks import barrier, cast, halves, matmul, store_terms, sum_all
 
 
 @triton.jit(do_not_specialize=["tiles", "split", "steps", "slabs"])
@@ -47,7 +47,8 @@ def gram_kernel(
     N, D, tiles, split, steps, slabs, lambd, scale,  # a slice is steps * BLOCK_K columns
     SHIFT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
     WHOLE_K: tl.constexpr, TMA: tl.constexpr, UNIT_STRIDE: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_SUM: tl.constexpr,
+    ROWS: tl.constexpr, SLICES: tl.constexpr,  # of partial tiles, that are loaded at a time
+    BLOCK_SUM: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     tile = pid % tiles  # tiles run fastest: programs that run together read the same columns
@@ -78,7 +79,7 @@ def gram_kernel(
             _add(out, right, chunk > begin, BLOCK // 2)
 
     # The tile's last item to arrive: every thread's stores, then one thread's ticket.
-    tl.debug_barrier()
+    barrier()
     if tl.atomic_add(counters + tile, 1, sem="acq_rel") == 2 * split - 1:
         tl.store(counters + tile, 0)
         tile_sum = tl.zeros([ROWS], tl.float64)
@@ -88,10 +89,12 @@ def gram_kernel(
             tile_ptr = partials + tile.to(tl.int64) * BLOCK * BLOCK + r[:, None] * BLOCK + i[None, :]
             k_a = tl.zeros([ROWS, BLOCK], tl.float32)
             k_b = tl.zeros([ROWS, BLOCK], tl.float32)
-            for _ in tl.range(0, split, loop_unroll_factor=4):
-                k_a += tl.load(tile_ptr, cache_modifier=".cg")
-                k_b += tl.load(tile_ptr + view_stride, cache_modifier=".cg")
-                tile_ptr += 2 * view_stride
+            for first in range(0, split, SLICES):
+                for offset in tl.static_range(SLICES):  # all loads, in one round, and then the sums, in their order
+                    there = first + offset < split
+                    k_a += tl.load(tile_ptr, mask=there, other=0.0, cache_modifier=".cg")
+                    k_b += tl.load(tile_ptr + view_stride, mask=there, other=0.0, cache_modifier=".cg")
+                    tile_ptr += 2 * view_stride
             rows = (row + r)[:, None]
             columns = (column + i)[None, :]
             lower = (rows >= columns) & (rows < N)
@@ -111,13 +114,12 @@ def gram_kernel(
                 tl.store(k_b_out + columns * k_pitch + rows, k_b, mask=above)
         tl.store(inner + tile, tl.sum(tile_sum, 0))
 
-        tl.debug_barrier()
+        barrier()
         if tl.atomic_add(counters + tiles, 1, sem="acq_rel") == tiles - 1:  # the last tile
             tl.store(counters + tiles, 0)
-            squares = sum_all(sums + slabs, slabs, BLOCK_SUM)  # of C_ii
+            on_sum, squares, product = sum_all(sums, slabs, inner, tiles, BLOCK_SUM)
             n = tl.cast(N, tl.float64)
-            off_sum = sum_all(inner, tiles, BLOCK_SUM) / (n * n) - squares
-            store_terms(off_sum, sums, slabs, lambd, scale, loss, on_diag, off_diag, BLOCK_SUM)
+            store_terms(on_sum, product / (n * n) - squares, lambd, scale, loss, on_diag, off_diag)
 
 
 @triton.jit
@@ -151,7 +153,7 @@ def _add(out, x, again, column):
     """Add one half of a tile to what this program has stored of it, or store it."""
     rows = tl.arange(0, x.shape[0])
     ptr = out + rows[:, None] * x.shape[0] + (column + tl.arange(0, x.shape[1]))[None, :]
-    tl.debug_barrier()  # other threads may have stored it
+    barrier()  # other threads may have stored it
     if again:
         x += tl.load(ptr, cache_modifier=".cg")
     tl.store(ptr, x)
