@@ -29,7 +29,7 @@ def test_gram_split(fused, split, normalization, dtype, monkeypatch):
     In half precision the first two are longer than CHUNK.
     """
     monkeypatch.setattr(Chip, "split", lambda _, n, d, itemsize, blocks: (split, -(-d // (blocks.k * split))))
-    z_a, z_b = views(50, 215, dtype)
+    z_a, z_b = views(50, 375, dtype)
     loss = fused(route="gram", normalization=normalization)
     assert_close(answer(loss, z_a, z_b), z_a, z_b, NORMALIZATIONS[normalization])
 
