@@ -96,8 +96,12 @@ class Launch:
         """All arguments by name."""
         return dict(zip(self.kernel.arg_names, self.arguments, strict=False)) | self.options
 
-    def compile(self, arch: int) -> Compiled:
-        """As Triton's launcher would: integers of 1 are constants, multiples of 16 are known to be."""
+    @property
+    def specialization(self) -> tuple[dict, dict, dict]:
+        """Types, constants and attributes, as Triton's launcher finds them; it compiles a kernel once for each.
+
+        Integers of 1 are constants, multiples of 16 are known to be.
+        """
         signature, constants, attributes = {}, {}, {}
         for index, parameter in enumerate(self.kernel.params):
             value, name = self.values[parameter.name], parameter.name
@@ -118,8 +122,16 @@ class Launch:
                 aligned = value % 16 == 0 and not parameter.do_not_specialize
             if aligned:
                 attributes[(index,)] = [["tt.divisibility", 16]]
-        source = ASTSource(self.kernel, signature, constants, attributes)
-        options = {k: v for k, v in self.options.items() if k in ("num_warps", "num_stages", "maxnreg")}
+        return signature, constants, attributes
+
+    @property
+    def compiler_options(self) -> dict[str, int]:
+        """Those of its options that are no arguments."""
+        return {k: v for k, v in self.options.items() if k in ("num_warps", "num_stages", "maxnreg")}
+
+    def compile(self, arch: int) -> Compiled:
+        """As Triton's launcher would."""
+        source, options = ASTSource(self.kernel, *self.specialization), self.compiler_options
         log = io.StringIO()  # of ptxas, which says how many registers it spilled
         with contextlib.ExitStack() as stack:
             stack.enter_context(contextlib.redirect_stdout(log))

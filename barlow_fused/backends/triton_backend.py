@@ -64,7 +64,7 @@ def normalize(
         "NORMALIZE": normalized,
         "EPS_IN_ROOT": convention.eps_added_to == "variance",
         "BLOCK_D": columns,
-        "BLOCK_COUNTERS": triton.next_power_of_2(cdiv(count, slabs)),
+        "BLOCK_COUNTERS": 32,
     }
     z = (z_a, z_b, *z_a.stride(), *z_b.stride())
     results = (stats, sums, counters, count, n, d)
@@ -150,7 +150,6 @@ def correlate(
         BLOCK_K=blocks.k,
         GROUP=8,
         EVEN=d % blocks.m == 0,
-        WHOLE_K=n % blocks.k == 0,
         TMA=tma,
         PRECISION=input_precision(precision),
         **_options(blocks),
@@ -208,8 +207,7 @@ def _gram_grad(
         "BLOCK_D": blocks.n,
         "BLOCK_K": blocks.k,
         "CHUNK": chunk(precision, n),
-        "EVEN": n % blocks.m == 0 and d % blocks.n == 0,
-        "RIGHT_K": n % blocks.k == 0,
+        "EVEN": d % blocks.n == 0,
         "TMA": tma,
         "PRECISION": input_precision(precision),
         "UNIT_STRIDE_GRAD": _unit_stride(*out),
@@ -287,7 +285,7 @@ def _direct_grad(
             BLOCK_D=blocks.n,
             BLOCK_K=blocks.k,
             GROUP=8,
-            EVEN=n % blocks.m == 0 and d % blocks.n == 0,
+            EVEN=d % blocks.n == 0,
             NARROW=_narrow(own, other, grad),
             LEFT_K=d % blocks.k == 0 or x.hats is not None,
             RIGHT_K=d % blocks.k == 0 or view == 0,

@@ -159,6 +159,24 @@ def test_the_gradients_of_many_rows_are_made_where_p_was_stored():
     assert "ld.global.nc" not in apply.compile(90).ptx
 
 
+@pytest.mark.parametrize(
+    ("d", "route", "sizes"),
+    [
+        (8192, "gram", (256, 200, 201)),
+        (8191, "gram", (256, 200, 201)),
+        (8192, "gram", (2048, 1304, 1301)),
+        (2048, "direct", (8192, 5000, 4999)),
+    ],
+)
+def test_a_smaller_last_batch_compiles_nothing_anew(d, route, sizes):
+    """Where it takes the same blocks and TMA: N is an argument that no kernel is specialised on."""
+    kinds = [
+        [(x.name, x.specialization, x.compiler_options) for x in launches_of(90, n, d, BF16, route)] for n in sizes
+    ]
+    assert len({len(kind) for kind in kinds}) == 1
+    assert kinds[0] == kinds[1] == kinds[2]
+
+
 def test_two_programs_share_a_multiprocessor():
     """By registers and by shared memory, of which each takes 1 KiB more: products of large half-precision inputs."""
     chip = configs.Chip(90, 132)

@@ -55,7 +55,7 @@ def matmul(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr,
-    EVEN: tl.constexpr,  # no tile passes the end
+    EVEN: tl.constexpr,  # no tile passes the end of an operand that lies column by column
     LEFT_K: tl.constexpr,  # no block of left passes the end of K, or zeros follow it there
     RIGHT_K: tl.constexpr,
     TMA: tl.constexpr,
@@ -105,15 +105,14 @@ def _matmul_chunk(
         columns = column + tl.arange(0, BLOCK_N)
         left_inside = None
         right_inside = None
-        if not EVEN:
-            if LEFT_KM:
-                left_inside = (rows < m_size)[:, None]
-            else:
-                rows = tl.minimum(rows, m_size - 1)
-            if RIGHT_NK:
-                columns = tl.minimum(columns, n_size - 1)
-            else:
-                right_inside = (columns < n_size)[None, :]
+        if not LEFT_KM:
+            rows = tl.minimum(rows, m_size - 1)
+        elif not EVEN:
+            left_inside = (rows < m_size)[:, None]
+        if RIGHT_NK:
+            columns = tl.minimum(columns, n_size - 1)
+        elif not EVEN:
+            right_inside = (columns < n_size)[None, :]
         ks = tl.arange(0, BLOCK_K)
         first = (k_begin + ks).to(tl.int64)
         x_ptr = left + rows.to(tl.int64)[:, None] * left_m + first[None, :] * left_k

@@ -28,7 +28,7 @@ import triton.language as tl
 from .blocks import MEAN, PRODUCT, RSTD, cast, halves, matmul, store_terms, sum_all
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def correlate_kernel(
     z_a, z_b, z_a_n, z_a_d, z_b_n, z_b_d,  # the raw inputs: pointers and strides, or descriptors of [BLOCK_K, BLOCK]
     a, b, a_n, a_d, b_n, b_d,  # A_hat and B_hat, likewise
@@ -38,7 +38,7 @@ def correlate_kernel(
     off_sums,  # [T * T] float64
     N, D, raw_limit,
     RAW: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    EVEN: tl.constexpr, WHOLE_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # GROUP rows of tiles at a time, so that programs that run together share their operands in L2.
     tiles = tl.cdiv(D, BLOCK)
@@ -59,19 +59,19 @@ def correlate_kernel(
         if tl.max(tl.abs(mean_i * rstd_i), 0) * tl.max(tl.abs(mean_j * rstd_j), 0) <= raw_limit:
             c = matmul(
                 z_a, z_a_d, z_a_n, tile_i * BLOCK, D, z_b, z_b_n, z_b_d, 0, tile_j * BLOCK, D, 0, N, N,
-                BLOCK, BLOCK, BLOCK_K, 0, EVEN, WHOLE_K, WHOLE_K, TMA, True, False, PRECISION,
+                BLOCK, BLOCK, BLOCK_K, 0, EVEN, False, False, TMA, True, False, PRECISION,
             )  # fmt: skip
             c = (c / N - mean_i[:, None] * mean_j[None, :]) * (rstd_i[:, None] * rstd_j[None, :])
         else:
             c = matmul(
                 a, a_d, a_n, tile_i * BLOCK, D, b, b_n, b_d, 0, tile_j * BLOCK, D, 0, N, N,
-                BLOCK, BLOCK, BLOCK_K, 0, EVEN, WHOLE_K, WHOLE_K, TMA, True, False, PRECISION,
+                BLOCK, BLOCK, BLOCK_K, 0, EVEN, False, False, TMA, True, False, PRECISION,
             )  # fmt: skip
             c = c / N
     else:
         c = matmul(
             a, a_d, a_n, tile_i * BLOCK, D, b, b_n, b_d, 0, tile_j * BLOCK, D, 0, N, N,
-            BLOCK, BLOCK, BLOCK_K, 0, EVEN, WHOLE_K, WHOLE_K, TMA, True, False, PRECISION,
+            BLOCK, BLOCK, BLOCK_K, 0, EVEN, False, False, TMA, True, False, PRECISION,
         )  # fmt: skip
         c = c / N
 
@@ -122,5 +122,5 @@ def correlate_terms_kernel(
         tl.store(stats + PRODUCT * D + columns, over_columns, mask=columns < D)
         tl.store(stats + (PRODUCT + 1) * D + columns, over_rows, mask=columns < D)
     if pid == 0:
-        on_sum, _, off_sum = sum_all(sums, slabs, off_sums, tiles * tiles, BLOCK_SUM)
+        on_sum, squares, off_sum = sum_all(sums, slabs, off_sums, tiles * tiles, BLOCK_SUM)
         store_terms(on_sum, off_sum, lambd, scale, loss, on_diag, off_diag)

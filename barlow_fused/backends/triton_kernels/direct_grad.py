@@ -26,7 +26,7 @@ import triton.language as tl
 from .blocks import KAPPA, MEAN, PRODUCT, RSTD, C, cast, halves, matmul, weights_of_sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def direct_grad_kernel(
     own, other, own_n, own_d, other_n, other_d,  # for the epilogue: of z_a and z_b (RAW), or of A_hat and B_hat
     left, left_n, left_d,  # the other's A_hat or B_hat as operand: a pointer, or a descriptor of [BLOCK_M, BLOCK_K]
@@ -108,11 +108,11 @@ def _store(
     VIEW: tl.constexpr, NORMALIZED: tl.constexpr, RAW: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Store a tile of the gradient."""
-    mask = None  # EVEN: the tile is whole
-    inside = None
+    mask = (rows < N)[:, None]
+    inside = None  # EVEN: D ends with a tile
     if not EVEN:
         inside = columns < D
-        mask = (rows < N)[:, None] & inside[None, :]
+        mask = mask & inside[None, :]
     tall = rows.to(tl.int64)[:, None]
     wide = columns.to(tl.int64)[None, :]
     row = stats + columns

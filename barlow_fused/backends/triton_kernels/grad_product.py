@@ -31,7 +31,7 @@ from .blocks import KAPPA, MEAN, RSTD, SQUARE, C, cast, halves, weights_of_sums
 from .gram_grad import gram_grad_product
 
 
-@triton.jit(do_not_specialize=["first_view", "views", "first_slab", "slabs"])
+@triton.jit(do_not_specialize=["N", "first_view", "views", "first_slab", "slabs"])
 def grad_product_kernel(
     hats, pitch,  # [2, N, D], rows that begin pitch numbers apart
     right,  # hats; with TMA a descriptor of [BLOCK_K, BLOCK_D] blocks of [2 N, D]
@@ -40,7 +40,7 @@ def grad_product_kernel(
     row_sums,  # [2, row tiles, slabs * BLOCK_D]
     N, D, first_view, views, first_slab, slabs,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-    CHUNK: tl.constexpr, EVEN: tl.constexpr, RIGHT_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     NARROW: tl.constexpr,  # rows of the gradients begin at any multiple of their dtype
     UNIT_STRIDE_GRAD: tl.constexpr,  # along D
 ):  # fmt: skip
@@ -62,7 +62,7 @@ def grad_product_kernel(
         b_right = own
     p = gram_grad_product(
         is_a, row, column, a_right, b_right, pitch, 1, pitch, 1, k, k_pitch, N, D,
-        BLOCK_M, BLOCK_D, BLOCK_K, CHUNK, EVEN, RIGHT_K, True, TMA, True, PRECISION,
+        BLOCK_M, BLOCK_D, BLOCK_K, CHUNK, EVEN, True, TMA, True, PRECISION,
     )  # fmt: skip
     grad = tl.where(is_a, grad_a, grad_b)
     grad_n = tl.where(is_a, grad_a_n, grad_b_n)
@@ -99,17 +99,17 @@ def _store(p, rows, column, offset, own, pitch, grad, grad_n, grad_d, sums, N, D
     tall = rows.to(tl.int64)[:, None]
     ptr = own + tall * pitch + columns[None, :]
     stored = grad + tall * grad_n + columns.to(tl.int64)[None, :] * grad_d
-    if EVEN:
-        x = tl.load(ptr)
-        tl.store(stored, cast(p / tl.sqrt(N * 1.0), grad))
-    else:
-        inside = (rows < N)[:, None]
-        x = tl.load(ptr, mask=inside & (columns < pitch)[None, :], other=0.0)
-        tl.store(stored, cast(p / tl.sqrt(N * 1.0), grad), mask=inside & (columns < D)[None, :])
+    inside = (rows < N)[:, None]
+    loaded = inside
+    if not EVEN:
+        loaded = inside & (columns < pitch)[None, :]
+        inside = inside & (columns < D)[None, :]
+    x = tl.load(ptr, mask=loaded, other=0.0)
+    tl.store(stored, cast(p / tl.sqrt(N * 1.0), grad), mask=inside)
     tl.store(sums + within, tl.sum(x.to(tl.float32) * p, 0))
 
 
-@triton.jit(do_not_specialize=["first_slab", "slabs", "row_tiles"])
+@triton.jit(do_not_specialize=["N", "k_divisor", "first_slab", "slabs", "row_tiles"])
 def grad_apply_kernel(
     a, b, a_n, a_d, b_n, b_d,  # z_a and z_b (RAW), or A_hat and B_hat; their strides
     stats,

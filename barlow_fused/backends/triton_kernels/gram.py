@@ -34,7 +34,7 @@ import triton.language as tl
 from .blocks import barrier, cast, halves, matmul, store_terms, sum_all
 
 
-@triton.jit(do_not_specialize=["tiles", "split", "steps", "slabs"])
+@triton.jit(do_not_specialize=["N", "tiles", "split", "steps", "slabs"])
 def gram_kernel(
     a, b, a_n, a_d, b_n, b_d,  # A_hat, B_hat and strides; with TMA, where BLOCK divides N, a is a descriptor of
     # [BLOCK, BLOCK_K] blocks of both, [2 N, D]

@@ -33,7 +33,7 @@ import triton.language as tl
 from .blocks import KAPPA, MEAN, RSTD, SQUARE, C, cast, halves, matmul, weights_of_sums
 
 
-@triton.jit(do_not_specialize=["first_view", "slabs"])
+@triton.jit(do_not_specialize=["N", "k_divisor", "first_view", "slabs"])
 def gram_grad_kernel(
     a, b, a_n, a_d, b_n, b_d,  # for the epilogue: z_a and z_b (RAW), or A_hat and B_hat; their strides
     a_right, b_right, a_right_n, a_right_d, b_right_n, b_right_d,  # A_hat and B_hat as right operands; with TMA
@@ -47,7 +47,7 @@ def gram_grad_kernel(
     first_view, slabs, lambd, scale,
     NORMALIZED: tl.constexpr, RAW: tl.constexpr, SHIFT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-    CHUNK: tl.constexpr, EVEN: tl.constexpr, RIGHT_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
     NARROW: tl.constexpr,  # rows of a, b and the gradients begin at any multiple of their dtype
     UNIT_STRIDE: tl.constexpr, UNIT_STRIDE_RIGHT: tl.constexpr, UNIT_STRIDE_GRAD: tl.constexpr,  # along D
 ):  # fmt: skip
@@ -76,7 +76,7 @@ def gram_grad_kernel(
         grad_d = tl.where(is_a, grad_a_d, grad_b_d)
     p = gram_grad_product(
         is_a, row, column, a_right, b_right, a_right_n, a_right_d, b_right_n, b_right_d, k, k_pitch, N, D,
-        BLOCK_M, BLOCK_D, BLOCK_K, CHUNK, EVEN, RIGHT_K, NORMALIZED, TMA, UNIT_STRIDE_RIGHT, PRECISION,
+        BLOCK_M, BLOCK_D, BLOCK_K, CHUNK, EVEN, NORMALIZED, TMA, UNIT_STRIDE_RIGHT, PRECISION,
     )  # fmt: skip
 
     # The epilogue takes one half of the columns after the other: numbers that belong to a feature, of which a thread
@@ -125,17 +125,17 @@ def _store(
     NORMALIZED: tl.constexpr, RAW: tl.constexpr, SHIFT: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Store a tile of the gradient; NORMALIZED: one with all rows."""
-    mask = None  # EVEN: the tile is whole
-    inside = None
+    mask = (rows < N)[:, None]
+    inside = None  # EVEN: D ends with a tile
     if not EVEN:
         inside = columns < D
-        mask = (rows < N)[:, None] & inside[None, :]
+        mask = mask & inside[None, :]
     tall = rows.to(tl.int64)[:, None]
     wide = columns.to(tl.int64)[None, :]
     c = tl.load(stats + C * D + columns, mask=inside)
     alpha = w_off * (2.0 / N) * (k_divisor * 1.0 / N)
     d = (2.0 / N) * (w_on * (c - 1.0) - w_off * c)
-    y = _load(other + tall * other_n + wide * other_d, mask)
+    y = tl.load(other + tall * other_n + wide * other_d, mask=mask, other=0.0).to(tl.float32)
     if NORMALIZED:
         row = stats + view.to(tl.int64) * D + columns
         rstd = tl.load(row + RSTD * D, mask=inside)
@@ -149,11 +149,10 @@ def _store(
             q = p * alpha[None, :] + (y * factor[None, :] - (factor * tl.load(row_y + MEAN * D, mask=inside))[None, :])
         else:
             q = p * alpha[None, :] + y * d[None, :]
-        x = _load(own + tall * own_n + wide * own_d, mask)
+        x = tl.load(own + tall * own_n + wide * own_d, mask=mask, other=0.0).to(tl.float32)
         if RAW:
             x = x * rstd[None, :] - (rstd * tl.load(row + MEAN * D, mask=inside))[None, :]
-            if not EVEN:
-                x = tl.where(mask, x, 0.0)
+            x = tl.where(mask, x, 0.0)
         mean = tl.sum(x * q, 0) / N
         g = q + x * (alpha * SHIFT * (1.0 - kappa * square) - kappa * mean)[None, :]
     else:
@@ -162,20 +161,10 @@ def _store(
 
 
 @triton.jit
-def _load(ptr, mask):
-    """A tile in float32, 0 where the mask is false: what a load leaves there by itself may be NaN, and is summed."""
-    if mask is None:
-        x = tl.load(ptr)
-    else:
-        x = tl.load(ptr, mask=mask, other=0.0)
-    return x.to(tl.float32)
-
-
-@triton.jit
 def gram_grad_product(
     is_a, row, column, a_right, b_right, a_right_n, a_right_d, b_right_n, b_right_d, k, k_pitch, N, D,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
-    EVEN: tl.constexpr, RIGHT_K: tl.constexpr, PADDED: tl.constexpr, TMA: tl.constexpr, UNIT_STRIDE: tl.constexpr,
+    EVEN: tl.constexpr, PADDED: tl.constexpr, TMA: tl.constexpr, UNIT_STRIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A [BLOCK_M, BLOCK_D] tile of P."""
@@ -183,7 +172,7 @@ def gram_grad_product(
         own_row = tl.where(is_a, 0, N)
         p = matmul(
             k, 0, 0, N - own_row + row, 2 * N, a_right, 0, 0, own_row, column, D, 0, N, N,
-            BLOCK_M, BLOCK_D, BLOCK_K, CHUNK, EVEN, True, RIGHT_K, True, False, False, PRECISION,
+            BLOCK_M, BLOCK_D, BLOCK_K, CHUNK, EVEN, True, False, True, False, False, PRECISION,
         )  # fmt: skip
     else:
         if UNIT_STRIDE:
@@ -198,6 +187,6 @@ def gram_grad_product(
         p = matmul(
             k + tl.where(is_a, tl.cast(N, tl.int64) * k_pitch, 0), k_pitch, 1, row, N,
             tl.where(is_a, a_right, b_right), right_n, right_d, 0, column, columns, 0, N, N,
-            BLOCK_M, BLOCK_D, BLOCK_K, CHUNK, EVEN, True, RIGHT_K, False, False, False, PRECISION,
+            BLOCK_M, BLOCK_D, BLOCK_K, CHUNK, EVEN, True, False, False, False, False, PRECISION,
         )  # fmt: skip
     return p

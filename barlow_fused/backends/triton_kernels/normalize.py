@@ -28,7 +28,7 @@ import triton.language as tl
 from .blocks import KAPPA, MEAN, RSTD, SQUARE, C, cast
 
 
-@triton.jit(do_not_specialize=["counter_count"])
+@triton.jit(do_not_specialize=["counter_count", "N"])
 def normalize_kernel(
     z_a, z_b, a_n, a_d, b_n, b_d,  # [N, D] and their strides
     a_hat, b_hat, pitch,  # [N, D], rows that begin pitch numbers apart
@@ -59,7 +59,7 @@ def normalize_kernel(
     _store_c(c, stats, sums, slab, tl.num_programs(0), columns, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "rows_per_chunk"])
 def moments_kernel(
     z_a, z_b, a_n, a_d, b_n, b_d,
     partials,  # [chunks, 5, D] float32: each chunk's mean and sum of squares, a then b, and sum of products
@@ -102,7 +102,7 @@ def moments_kernel(
     tl.store(out + 4 * D, cross, mask=columns < D)
 
 
-@triton.jit(do_not_specialize=["counter_count", "chunks"])
+@triton.jit(do_not_specialize=["counter_count", "chunks", "N", "rows_per_chunk"])
 def apply_moments_kernel(
     z_a, z_b, a_n, a_d, b_n, b_d,
     partials, chunks, a_hat, b_hat, pitch,
@@ -254,5 +254,6 @@ def _store_c(c, stats, sums, slab, slabs, columns, d):
 
 @triton.jit
 def _zero_counters(counters, count, slab, BLOCK: tl.constexpr):
-    offsets = slab * BLOCK + tl.arange(0, BLOCK)
-    tl.store(counters + offsets, tl.zeros([BLOCK], tl.int32), mask=offsets < count)
+    for start in range(slab * BLOCK, count, tl.num_programs(0) * BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        tl.store(counters + offsets, tl.zeros([BLOCK], tl.int32), mask=offsets < count)

@@ -18,7 +18,7 @@ import triton.language as tl
 from .blocks import matmul
 
 
-@triton.jit(do_not_specialize=["steps"])
+@triton.jit(do_not_specialize=["N", "size", "steps"])
 def partial_gram_kernel(
     x, pitch, partials, N, D, size, steps,  # a slice is steps * BLOCK_K columns
     PANEL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
