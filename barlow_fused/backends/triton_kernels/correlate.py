@@ -122,5 +122,5 @@ def correlate_terms_kernel(
         tl.store(stats + PRODUCT * D + columns, over_columns, mask=columns < D)
         tl.store(stats + (PRODUCT + 1) * D + columns, over_rows, mask=columns < D)
     if pid == 0:
-        on_sum, squares, off_sum = sum_all(sums, slabs, off_sums, tiles * tiles, BLOCK_SUM)
+        on_sum, _squares, off_sum = sum_all(sums, slabs, off_sums, tiles * tiles, BLOCK_SUM)
         store_terms(on_sum, off_sum, lambd, scale, loss, on_diag, off_diag)
