@@ -36,6 +36,7 @@ from .triton_kernels.grad_product import grad_apply_kernel, grad_product_kernel
 from .triton_kernels.gram import gram_kernel
 from .triton_kernels.gram_grad import gram_grad_kernel
 from .triton_kernels.normalize import apply_moments_kernel, moments_kernel, normalize_kernel
+from .triton_kernels.shares import shares
 from .triton_launch import Block, Now, Recorder
 
 
@@ -99,16 +100,17 @@ def gram(
     padded = x.hats is not None
     blocks = chip.gram(n, x.dtype) if padded else chip.gram(n, x.dtype).without_limit()
     tiles = configs.triangle(n, blocks.m)
-    split, steps = chip.split(n, d, x.z_a.element_size(), blocks)
+    first, rest = shares(chip, n, d, x.z_a.element_size(), blocks)
+    items, steps = first.items + rest.items, max(part.steps for part in (first, rest) if part.tiles)
     a_hat, b_hat = x.views
-    partials = on.empty(torch.float32, split * 2 * tiles * blocks.m**2)
+    partials = on.empty(torch.float32, items * blocks.m**2)
     inner = on.empty(torch.float64, tiles)
     tma = padded and _use_tma(on.device, a_hat)
     both = Block(x.hats.flatten(0, 1), blocks.m, blocks.k) if tma else a_hat
     on.launch(
-        *(_tuned(gram_kernel, blocks), (tiles * 2 * split,)),
+        *(_tuned(gram_kernel, blocks), (items,)),
         *(both, b_hat, *a_hat.stride(), *b_hat.stride(), partials, k, pitch(k), inner, x.sums, x.counters, *terms),
-        *(n, d, tiles, split, steps, x.sums.shape[1], on.lambd, on.scale),
+        *(n, d, tiles, *first, rest.split, rest.steps, x.sums.shape[1], on.lambd, on.scale),
         SHIFT=0 if x.normalization is None else 1,
         BLOCK=blocks.m,
         BLOCK_K=blocks.k,

@@ -19,6 +19,7 @@ import torch
 from ..backends import slabs as cpu_slabs
 from ..backends import torch_direct, torch_whole
 from ..backends.triton_kernels import configs
+from ..backends.triton_kernels.shares import shares
 from ..normalization import Normalization
 from . import cuda
 from .devices import Device
@@ -208,9 +209,9 @@ def triton_cost(p: Problem) -> Cost:
     row_sums = 0
     if p.route == "gram":
         blocks = chip.gram(n, dtype)
-        slices, _ = chip.split(n, d, in_size, blocks)
         product = 2 * n * pitch(n) * size
-        partials = slices * 2 * configs.triangle(n, blocks.m) * blocks.m**2 * 4  # float32 tiles, a slice of D each
+        items = sum(part.items for part in shares(chip, n, d, in_size, blocks))
+        partials = items * blocks.m**2 * 4  # float32 tiles, a slice of D each
         blocks = chip.gram_grad(n, d, dtype, normalized=True)
         slabs, row_tiles = configs.cdiv(d, blocks.n), configs.cdiv(n, blocks.m)
         waves = -(-2 * slabs // chip.multiprocessors)  # of slabs, which read K together

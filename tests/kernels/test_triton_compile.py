@@ -203,5 +203,7 @@ def test_grids_and_counters_fit_what_they_serve():
             if launch.name == "gram_kernel":
                 values = launch.values
                 assert values["counters"].numel() == values["tiles"] + 1
-                assert launch.grid == (values["tiles"] * 2 * values["split"],)
-                assert values["partials"].numel() == values["split"] * 2 * values["tiles"] * values["BLOCK"] ** 2
+                rest = values["tiles"] - values["first_tiles"]
+                items = 2 * (values["first_tiles"] * values["first_split"] + rest * values["rest_split"])
+                assert launch.grid == (items,)
+                assert values["partials"].numel() == items * values["BLOCK"] ** 2

@@ -33,6 +33,10 @@ FAULTS = {
         *("triton_kernels/gram.py", "for first in range(0, split, SLICES):", "for first in range(0, SLICES, SLICES):"),
         "gram_split and 6-batch_norm-torch.float32",
     ),
+    "partial tiles of other tiles": (
+        *("triton_kernels/gram.py", "first_item = (begin_items + of_tile)", "first_item = (begin_items + tile)"),
+        "cut_otherwise and first1",
+    ),
     "sums of one row tile alone": (
         *("triton_kernels/grad_product.py", "ptr += stride", "ptr += 0 * stride"),
         "several_row_tiles and 70-203-torch.float32",

@@ -9,6 +9,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+import triton_races
 from cases import NORMALIZATIONS, ROUTES, answer, assert_close, error, oracle, views
 
 from barlow_fused.backends import triton_backend, triton_launch, why_unusable
@@ -16,8 +17,32 @@ from barlow_fused.backends.operations import Spec
 from barlow_fused.backends.triton_kernels import configs
 from barlow_fused.backends.triton_kernels.configs import Blocks, Chip
 from barlow_fused.backends.triton_kernels.gram import lower_triangle_tile
+from barlow_fused.backends.triton_kernels.shares import Cut, busiest, shares
 
 BATCH_NORM = NORMALIZATIONS["batch_norm"]
+
+
+def cut_alike(split, chip, n, d, itemsize, blocks):
+    tiles, steps = configs.triangle(n, blocks.m), configs.cdiv(d, blocks.k)
+    return Cut(tiles, split, configs.cdiv(steps, split)), Cut(0, 1, steps)
+
+
+def cut_otherwise(first, splits, chip, n, d, itemsize, blocks):
+    tiles, steps = configs.triangle(n, blocks.m), configs.cdiv(d, blocks.k)
+    return Cut(first, splits[0], configs.cdiv(steps, splits[0])), Cut(tiles - first, splits[1], -(-steps // splits[1]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("first", "splits"), [(0, (1, 3)), (1, (1, 6)), (2, (2, 3)), (5, (1, 4))])
+def test_gram_with_tiles_that_are_cut_otherwise(fused, first, splits, dtype, monkeypatch):
+    """The first tiles in fewer slices than the others: the same number, and the same bits again."""
+    monkeypatch.setattr(triton_backend, "shares", functools.partial(cut_otherwise, first, splits))
+    z_a, z_b = views(70, 375, dtype)
+    got = answer(fused(route="gram"), z_a, z_b)
+    assert_close(got, z_a, z_b, BATCH_NORM)
+    with triton_races.interleaved(first):
+        again = answer(fused(route="gram"), z_a, z_b)
+    assert all(torch.equal(x, y) for x, y in zip(got, again, strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -28,7 +53,7 @@ def test_gram_split(fused, split, normalization, dtype, monkeypatch):
 
     In half precision the first two are longer than CHUNK.
     """
-    monkeypatch.setattr(Chip, "split", lambda _, n, d, itemsize, blocks: (split, -(-d // (blocks.k * split))))
+    monkeypatch.setattr(triton_backend, "shares", functools.partial(cut_alike, split))
     z_a, z_b = views(50, 375, dtype)
     loss = fused(route="gram", normalization=normalization)
     assert_close(answer(loss, z_a, z_b), z_a, z_b, NORMALIZATIONS[normalization])
@@ -70,6 +95,22 @@ def test_one_sample_that_is_all_features_have_in_common_does_not_overflow(fused,
     got = answer(fused(route="gram", scale=1e3), z_a, z_b)
     assert got.grad_a.isfinite().all()
     assert got.grad_b.isfinite().all()
+
+
+@pytest.mark.parametrize("d", [8192, 65536, 262144])
+@pytest.mark.parametrize("n", [2, 100, 256, 700, 1024, 1100, 1280, 2048, 3000, 8192])
+def test_shares_are_nearly_equal(n, d):
+    """Slices cover D, the partial tiles keep their memory, and no multiprocessor has more than 1.15 of its share."""
+    chip = Chip(90, 132)
+    blocks = chip.gram(n, torch.bfloat16)
+    tiles, steps = configs.triangle(n, blocks.m), configs.cdiv(d, blocks.k)
+    choice = shares(chip, n, d, 2, blocks)
+    assert sum(part.tiles for part in choice) == tiles
+    assert all((part.split - 1) * part.steps < steps <= part.split * part.steps for part in choice)
+    items = sum(part.items for part in choice)
+    assert items == 2 * tiles or items * blocks.m**2 * 4 <= 2 * n * d * 2
+    if n * d >= 256 * 8192 and n >= 256:
+        assert busiest(choice, 132) <= 1.15 * 2 * tiles * steps / 132
 
 
 @pytest.fixture

@@ -60,7 +60,7 @@ TMA_MIN_ELEMENTS = 2**23  # of an input: below, launches are what counts, and ea
 INTERPRETED = 80  # the architecture whose blocks Triton's interpreter takes
 TMA_IN_INTERPRETER = False  # for tests
 GRAD_COLUMNS = 32768  # grad_columns, at least
-MAX_SPLIT = 32  # slices of D in gram: its last phase reads that many partial tiles one after another
+MAX_SPLIT = 32  # slices of D, of which gram's last phase reads that many partial tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +180,7 @@ class Chip:
         return TABLE[self.architecture][kernel, precision_of(dtype)][many]
 
     def split(self, n: int, d: int, itemsize: int, blocks: Blocks) -> tuple[int, int]:
-        """Into how many slices gram cuts D, and their length in steps of BLOCK_K.
+        """Into how many slices partial_gram cuts D, and their length in steps of BLOCK_K.
 
         A multiprocessor's programs take as many steps as their slices have; about 8 more to start, store and hand over,
         which those that share it do at once; and a tile's last phase about 2 a slice. The partial tiles may take the

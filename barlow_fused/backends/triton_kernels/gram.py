@@ -6,7 +6,7 @@
             loss, on_diag, off_diag, float32
     FLOPs   2 N^2 D: both products, each on its lower triangle
     bytes   each of T = ceil(N / BLOCK) tile rows of A_hat is read about T times, from L2 where slices march together;
-            the partial tiles, 4 * split * N^2 bytes, are written and read once
+            the partial tiles, 4 N^2 bytes for each slice of D, are written and read once
 
 The ideas:
 
@@ -14,14 +14,15 @@ The ideas:
   the item of a tile that arrives last adds the tile's partials in the order of the slices, multiplies K_a and K_b
   elementwise, and writes both triangles. Integer tickets decide who does the work, never the order of additions, so
   the bits do not depend on who was last. Slices fill the chip where tiles do not (N = 256: 10 tiles, 132 SMs), and
-  cut the tail of the last wave where they do (N = 2048: 136 tiles). No item holds two accumulators, so the
-  tile is as large as a plain product's. The workspace takes the place of the input gradients, which do not exist yet.
+  cut the tail of the last wave where they do (N = 2048: 136 tiles); shares.py says how. No item holds two
+  accumulators, so the tile is as large as a plain product's. The workspace takes the place of the input gradients,
+  which do not exist yet.
 * **The bulk is taken out.** Standardised features in many dimensions give K / D close to I - 1 1^T / N, and K_b A_hat
   / D close to A_hat, a part that the batch norm's backward removes again. Rounded to bfloat16 it would leave 2^-9 of
   itself behind. K / D - I + 1 1^T / N is stored instead, and ``input_grad`` adds A_hat in float32; 1^T A_hat is 0.
 
-A persistent grid was left out: Triton does not overlap a tile's epilogue with the next one's loads, and slices of D
-already balance the load.
+A persistent grid was left out: Triton does not overlap a tile's epilogue with the next one's loads, which another
+program on the same multiprocessor does, and shares.py balances the load.
 """
 
 # ruff: noqa: ANN001, ANN201, D103, N803, SIM108 - the language of Triton kernels is not quite Python
@@ -33,35 +34,47 @@ import triton.language as tl
 
 from .blocks import barrier, cast, halves, matmul, store_terms, sum_all
 
+_COUNTS = ["N", "tiles", "first_tiles", "first_split", "first_steps", "rest_split", "rest_steps", "slabs"]
 
-@triton.jit(do_not_specialize=["N", "tiles", "split", "steps", "slabs"])
+
+@triton.jit(do_not_specialize=_COUNTS)
 def gram_kernel(
-    a, b, a_n, a_d, b_n, b_d,  # A_hat, B_hat and strides; with TMA, where BLOCK divides N, a is a descriptor of
-    # [BLOCK, BLOCK_K] blocks of both, [2 N, D]
-    partials,  # [split, 2, tiles, BLOCK, BLOCK] float32
+    a, b, a_n, a_d, b_n, b_d,  # A_hat, B_hat and strides; with TMA a is a descriptor of [BLOCK, BLOCK_K]
+    # blocks of both, [2 N, D]
+    partials,  # [items, BLOCK, BLOCK] float32: of the first tiles, then of the others, [split, 2, tiles] each
     k_out, k_pitch,  # [2, N, N], rows that begin k_pitch numbers apart; or None
     inner,  # [tiles] float64
     sums,  # [2, slabs] float64
     counters,  # [tiles + 1] int32, zero before and after
     loss, on_diag, off_diag,
-    N, D, tiles, split, steps, slabs, lambd, scale,  # a slice is steps * BLOCK_K columns
+    N, D, tiles,
+    first_tiles, first_split, first_steps,  # the first tiles' slices, each of steps * BLOCK_K columns
+    rest_split, rest_steps,  # and the others'
+    slabs, lambd, scale,
     SHIFT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
     WHOLE_K: tl.constexpr, TMA: tl.constexpr, UNIT_STRIDE: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, SLICES: tl.constexpr,  # of partial tiles, that are loaded at a time
     BLOCK_SUM: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
-    tile = pid % tiles  # tiles run fastest: programs that run together read the same columns
-    view = (pid // tiles) % 2
-    part = pid // (2 * tiles)
+    first_items = 2 * first_tiles * first_split
+    is_first = pid < first_items
+    begin_items = tl.where(is_first, 0, first_items)  # of the items with as many slices as this one has
+    count = tl.where(is_first, first_tiles, tiles - first_tiles)
+    split = tl.where(is_first, first_split, rest_split)
+    steps = tl.where(is_first, first_steps, rest_steps)
+    local = pid - begin_items
+    of_tile = local % count  # tiles run fastest: programs that run together read the same columns
+    tile = of_tile + tl.where(is_first, 0, first_tiles)
+    view = (local // count) % 2
+    part = local // (2 * count)
     tile_m, tile_n = lower_triangle_tile(tile)
     begin = part * steps * BLOCK_K
     end = tl.minimum(begin + steps * BLOCK_K, D)
     row = tile_m * BLOCK
     column = tile_n * BLOCK
     i = tl.arange(0, BLOCK)
-    item = (part * 2 + view).to(tl.int64) * tiles + tile
-    out = partials + item * BLOCK * BLOCK
+    out = partials + pid.to(tl.int64) * BLOCK * BLOCK
     if CHUNK == 0:
         acc = _product(
             a, b, a_n, a_d, b_n, b_d, view, row, column, begin, end, N, D,
@@ -83,10 +96,11 @@ def gram_kernel(
     if tl.atomic_add(counters + tile, 1, sem="acq_rel") == 2 * split - 1:
         tl.store(counters + tile, 0)
         tile_sum = tl.zeros([ROWS], tl.float64)
-        view_stride = tl.cast(tiles, tl.int64) * BLOCK * BLOCK
+        view_stride = count.to(tl.int64) * BLOCK * BLOCK
+        first_item = (begin_items + of_tile).to(tl.int64)
         for start in range(0, BLOCK, ROWS):
             r = start + tl.arange(0, ROWS)
-            tile_ptr = partials + tile.to(tl.int64) * BLOCK * BLOCK + r[:, None] * BLOCK + i[None, :]
+            tile_ptr = partials + first_item * BLOCK * BLOCK + r[:, None] * BLOCK + i[None, :]
             k_a = tl.zeros([ROWS, BLOCK], tl.float32)
             k_b = tl.zeros([ROWS, BLOCK], tl.float32)
             for first in range(0, split, SLICES):
