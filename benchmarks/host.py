@@ -42,6 +42,7 @@ CALLS = 50  # a turn
 KERNELS = (
     *("normalize_kernel", "moments_kernel", "apply_moments_kernel", "gram_kernel"),
     *("correlate_kernel", "correlate_terms_kernel", "gram_grad_kernel", "direct_grad_kernel"),
+    *("grad_product_kernel", "grad_apply_kernel"),
 )
 
 

@@ -49,6 +49,7 @@ from . import sass
 
 KERNELS = (
     *("normalize_kernel", "moments_kernel", "apply_moments_kernel", "gram_kernel", "gram_grad_kernel"),
+    *("grad_product_kernel", "grad_apply_kernel"),
     *("correlate_kernel", "correlate_terms_kernel", "direct_grad_kernel"),
 )
 TYPES = {
@@ -102,10 +103,10 @@ class Launch:
         return repr((self.name, *self._specialized(small_pointers=False), self._compiler_options()))
 
     def _compiler_options(self) -> dict[str, int]:
-        return {k: v for k, v in self.options.items() if k in ("num_warps", "num_stages")}
+        return {k: v for k, v in self.options.items() if k in ("num_warps", "num_stages", "maxnreg")}
 
     def _specialized(self, small_pointers: bool) -> tuple[dict, dict, dict]:
-        """Signature, constants and attributes as Triton's launcher makes them.
+        """Types, constants and attributes, as Triton's launcher finds them; it compiles a kernel once for each.
 
         Integers of 1 are constants, multiples of 16 are known to be, and AMD's pointers to less than 2 GiB.
         """

@@ -54,7 +54,7 @@ class Array:
         )
 
     def flatten(self, _: int, last: int) -> Array:
-        """Of a contiguous one: the dimensions up to ``last`` as one."""
+        """The dimensions up to ``last`` as one, which they are in memory."""
         shape = (math.prod(self.shape[: last + 1]), *self.shape[last + 1 :])
         return dataclasses.replace(self, shape=shape, strides=self.strides[last:])
 

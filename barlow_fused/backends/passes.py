@@ -9,7 +9,7 @@ place of the device. The same operations run on tensors at once in the partial o
 
     forward    saved    statistics, A_hat and B_hat, and K or C: what the backward pass needs, one allocation
                scratch  what ends with the call; all of it, where no gradient is wanted
-    backward   the gradients; the kernels of today need nothing more
+    backward   the gradients, and scratch where the kernels want some
 
 Both are PyTorch's allocations, made anew in each call: safe with streams, graph capture and autograd, like any tensor.
 """
@@ -160,12 +160,13 @@ class Passes:
             grad_a.stride() if need_a else None,
             grad_b.stride() if need_b else None,
         )
+        scratch = z_a.new_empty(plan.scratch.bytes, dtype=torch.uint8) if plan.scratch.bytes else None
         plan.launch(
             (
-                *(a, b, memory.data_ptr(), 0, *g_addresses),
+                *(a, b, memory.data_ptr(), 0 if scratch is None else scratch.data_ptr(), *g_addresses),
                 *(grad_a.data_ptr() if need_a else 0, grad_b.data_ptr() if need_b else 0),
             ),
-            (z_a, z_b, memory, None, *g_terms, grad_a, grad_b),
+            (z_a, z_b, memory, scratch, *g_terms, grad_a, grad_b),
             *(spec.lambd, spec.scale, current_stream(device)),
         )
         return grad_a, grad_b

@@ -18,24 +18,32 @@ from .triton_kernels.partial_gram import partial_gram_kernel
 __all__ = ["View", "diagonal", "input_grad", "join_gram", "moments", "partial_correlate", "partial_gram"]
 
 
+def _padded(x: Tensor) -> Tensor:
+    """x, or a copy with zeros up to the end of each row, as the kernels read them."""
+    columns = x.shape[-1]
+    rest = -columns % (configs.ROW_BYTES // x.element_size())
+    return torch.nn.functional.pad(x, (0, rest))[..., :columns] if rest else x
+
+
 def _gram_panels(hat: Tensor) -> Tensor:
     n, d = hat.shape
+    hat = _padded(hat)
     chip = configs.chip(hat.device)
     precision, tile = chip.precision(hat.dtype), chip.gram(n, hat.dtype)
     split, steps = chip.split(n, d, hat.element_size(), tile)
     size = sum(panel_sizes(n))
+    cut = triton_backend.chunk(precision, steps * tile.k)
     partials = torch.empty(split, size, dtype=torch.float32, device=hat.device)
     tiles = configs.cdiv(n, tile.m)
     with guard(hat):
         partial_gram_kernel[(tiles, tiles, split)](
-            *(hat, partials, n, d, size, steps),
+            *(hat, triton_backend.pitch(hat), partials, n, d, size, steps),
             PANEL=PANEL,
             BLOCK=tile.m,
             BLOCK_K=tile.k,
-            CHUNK=triton_backend.chunk(precision, steps * tile.k),
-            EVEN=n % tile.m == 0 and d % tile.k == 0,
+            CHUNK=cut,
             PRECISION=triton_backend.input_precision(precision),
-            **tile.options(),
+            **(tile.without_limit() if cut else tile).options(),
         )
     return partials
 
@@ -50,7 +58,7 @@ _kernels = Kernels(
     triton_backend.OPERATIONS,
     triton_launch.Now,
     _plain,
-    lambda x: x,
+    _padded,
     StatsRows(
         count=configs.stats_rows(normalized=True, raw=True),
         c=blocks.C.value,

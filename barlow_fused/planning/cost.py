@@ -19,6 +19,7 @@ import torch
 from ..backends import slabs as cpu_slabs
 from ..backends import torch_direct, torch_whole
 from ..backends.triton_kernels import configs
+from ..backends.triton_kernels.shares import shares
 from ..normalization import Normalization
 from . import cuda
 from .devices import Device
@@ -189,32 +190,41 @@ def triton_cost(p: Problem) -> Cost:
 
     Passes over N x D numbers (of one view 1, of both 2): normalize reads 2, or 4 in its two phases, and writes 2; gram
     and correlate read 2; input_grad writes 2 and reads what it standardises, and in half precision also the rounded
-    operands (Gram 4 and 2, direct 4 and 2); where the Gram route walks over its rows twice, 6 more.
+    operands (Gram 4 and 2, direct 4 and 2). Where N is several row tiles, the Gram route's product reads 2 and writes
+    2, and what is elementwise reads 4 and writes 2.
     """
     n, d = p.local_shape
     in_size = p.dtype.itemsize
     dtype = configs.compute_dtype(n, d, p.dtype, normalized=True)
     size, raw = dtype.itemsize, dtype != torch.float32
     chip = configs.chip_of(p.device.about)
+
+    def pitch(columns: int) -> int:  # of padded rows
+        return configs.cdiv(columns * size, configs.ROW_BYTES) * configs.ROW_BYTES // size
+
     gradients = 2 * n * d * in_size  # do not exist yet in the forward pass, and are taken off
     stats = configs.stats_rows(normalized=True, raw=raw) * d * 4
     passes = (4 if n <= max(slab.rows for slab in configs.NORMALIZE) else 6) + 2 + (8 if raw else 6)
+    row_sums = 0
     if p.route == "gram":
         blocks = chip.gram(n, dtype)
-        slices, _ = chip.split(n, d, in_size, blocks)
-        product = 2 * n * n * size
-        partials = slices * 2 * configs.triangle(n, blocks.m) * blocks.m**2 * 4  # float32 tiles, a slice of D each
+        product = 2 * n * pitch(n) * size
+        items = sum(part.items for part in shares(chip, n, d, in_size, blocks))
+        partials = items * blocks.m**2 * 4  # float32 tiles, a slice of D each
         blocks = chip.gram_grad(n, d, dtype, normalized=True)
-        waves = -(-2 * configs.cdiv(d, blocks.n) // chip.multiprocessors)  # of programs, which read K together
-        passes += 6 if n > blocks.m else 0
+        slabs, row_tiles = configs.cdiv(d, blocks.n), configs.cdiv(n, blocks.m)
+        waves = -(-2 * slabs // chip.multiprocessors)  # of slabs, which read K together
         product_traffic = _traffic(product, 1 + waves)
+        if row_tiles > 1:
+            passes += 10 - (8 if raw else 6)
+            row_sums = 2 * row_tiles * min(slabs, configs.cdiv(configs.grad_columns(n), blocks.n)) * blocks.n * 4
     else:
         tiles = configs.cdiv(d, chip.correlate(d, dtype).m)
-        product = d * d * size
+        product = d * pitch(d) * size
         partials = 2 * tiles * d * 4 + tiles**2 * 8  # sums over the tiles' rows and columns
         product_traffic = _traffic(product, 3)  # written, and read for each view
     bytes_moved = _traffic(n * d * in_size, passes, at_least=6) + product_traffic + _traffic(partials, 2)
-    peak = 2 * n * d * size + product + stats + max(0, partials - gradients)
+    peak = 2 * n * pitch(d) * size + product + stats + max(0, partials - gradients, row_sums)
     if p.world_size > 1 and p.route == "gram":  # the shards of two views and of their gradients; A_hat, B_hat once more
         peak += 4 * n * d * in_size + 2 * n * d * size
     return _cost(p, p.flops, bytes_moved, peak, p.dtype)

@@ -80,7 +80,7 @@ def test_only_what_is_known_is_launched_without_triton(monkeypatch):
     assert triton_launch.KNOWN[0] <= triton_launch._version <= triton_launch.KNOWN[1]
     assert triton_launch.can_launch(kernel, compiled)
     assert not triton_launch.can_launch(kernel, None)  # the interpreter
-    assert not triton_launch.can_launch(triton_backend._autotuner(kernel), compiled)
+    assert not triton_launch.can_launch(triton_backend._autotuner(kernel, 4, 255), compiled)
     hip = compiled.metadata._replace(target=GPUTarget("hip", "gfx942", 64))
     with monkeypatch.context() as patch:
         patch.setattr(compiled, "metadata", hip)

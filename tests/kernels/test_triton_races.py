@@ -14,7 +14,8 @@ import triton.language as tl
 import triton_races
 from cases import ROUTES, answer, views
 
-from barlow_fused.backends.triton_kernels.configs import Chip
+from barlow_fused.backends import triton_backend
+from barlow_fused.backends.triton_kernels.shares import Cut
 
 SEEDS = int(os.environ.get("BARLOW_RACE_SEEDS", "2"))
 
@@ -24,7 +25,8 @@ SEEDS = int(os.environ.get("BARLOW_RACE_SEEDS", "2"))
 def test_any_order_gives_the_same_bits(fused, route, seed, monkeypatch):
     """Tickets decide who does the rest of the work, never the order of additions."""
     n, d, dtype = 33, 70, (torch.float32, torch.bfloat16)[seed % 2]
-    monkeypatch.setattr(Chip, "split", lambda _, n, d, itemsize, blocks: (3, -(-d // (blocks.k * 3))))
+    cuts = Cut(1, 1, 8), Cut(2, 3, 1)
+    monkeypatch.setattr(triton_backend, "shares", lambda *_: cuts)
     z_a, z_b = views(n, d, dtype)
     want = answer(fused(route=route), z_a, z_b)
     with triton_races.interleaved(seed):

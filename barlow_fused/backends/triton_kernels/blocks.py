@@ -1,6 +1,6 @@
 """What several kernels are built of: a tile of a matrix product, sums in a fixed order, the rows of ``stats``."""
 
-# ruff: noqa: ANN001, ANN201, N803 - the language of Triton kernels is not quite Python
+# ruff: noqa: ANN001, ANN201, N803, SIM108 - the language of Triton kernels is not quite Python
 
 from __future__ import annotations
 
@@ -18,6 +18,21 @@ MEAN = tl.constexpr(7)  # where z is standardised again: not in float32
 # Triton's interpreter computes in numpy, which has no bfloat16: it truncates where a GPU rounds, and tl.dot multiplies
 # the bits as integers. ``cast`` and ``_dot`` say there what a GPU does.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+if hasattr(tl, "barrier"):  # the name in newer Triton
+
+    @triton.jit
+    def barrier():
+        """All of a program's threads wait for one another, and see what these have stored."""
+        tl.barrier()
+
+else:
+
+    @triton.jit
+    def barrier():
+        """All of a program's threads wait for one another, and see what these have stored."""
+        tl.debug_barrier()
 
 
 @triton.jit
@@ -40,13 +55,17 @@ def matmul(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr,
-    EVEN: tl.constexpr,
+    EVEN: tl.constexpr,  # no tile passes the end of an operand that lies column by column
+    LEFT_K: tl.constexpr,  # no block of left passes the end of K, or zeros follow it there
+    RIGHT_K: tl.constexpr,
     TMA: tl.constexpr,
-    LEFT_KM: tl.constexpr,
+    LEFT_KM: tl.constexpr,  # how left lies in memory: [K, m_size], and not [m_size, K]
     RIGHT_NK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A [BLOCK_M, BLOCK_N] tile of left @ right in float32; rows and columns past the end are 0 (EVEN: none are).
+    """A [BLOCK_M, BLOCK_N] tile of left @ right in float32; its rows and columns past the end are arbitrary.
+
+    Past the end of an operand that lies row by row stands its last row again, which costs no mask.
 
     Tensor cores truncate each sum that they add to. Over K products of one sign in half precision, 16 an addition, that
     loses about 1e-9 * K of the result: 3e-4 of the diagonal of K_a at D = 262 144. With CHUNK > 0 every CHUNK products
@@ -55,7 +74,7 @@ def matmul(
     if CHUNK == 0:
         total = _matmul_chunk(
             left, left_m, left_k, row, m_size, right, right_k, right_n, right_first, column, n_size,
-            k_begin, k_end, k_size, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, TMA, LEFT_KM, RIGHT_NK, PRECISION,
+            k_begin, k_end, k_size, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, LEFT_K, RIGHT_K, TMA, LEFT_KM, RIGHT_NK, PRECISION,
         )  # fmt: skip
     else:
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -63,7 +82,7 @@ def matmul(
             total += _matmul_chunk(
                 left, left_m, left_k, row, m_size, right, right_k, right_n, right_first, column, n_size,
                 chunk, tl.minimum(chunk + CHUNK, k_end), k_size,
-                BLOCK_M, BLOCK_N, BLOCK_K, EVEN, TMA, LEFT_KM, RIGHT_NK, PRECISION,
+                BLOCK_M, BLOCK_N, BLOCK_K, EVEN, LEFT_K, RIGHT_K, TMA, LEFT_KM, RIGHT_NK, PRECISION,
             )  # fmt: skip
     return total
 
@@ -71,8 +90,9 @@ def matmul(
 @triton.jit
 def _matmul_chunk(
     left, left_m, left_k, row, m_size, right, right_k, right_n, right_first, column, n_size, k_begin, k_end, k_size,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr,
-    LEFT_KM: tl.constexpr, RIGHT_NK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
+    LEFT_K: tl.constexpr, RIGHT_K: tl.constexpr, TMA: tl.constexpr, LEFT_KM: tl.constexpr, RIGHT_NK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if TMA:
@@ -83,6 +103,16 @@ def _matmul_chunk(
     else:
         rows = row + tl.arange(0, BLOCK_M)
         columns = column + tl.arange(0, BLOCK_N)
+        left_inside = None
+        right_inside = None
+        if not LEFT_KM:
+            rows = tl.minimum(rows, m_size - 1)
+        elif not EVEN:
+            left_inside = (rows < m_size)[:, None]
+        if RIGHT_NK:
+            columns = tl.minimum(columns, n_size - 1)
+        elif not EVEN:
+            right_inside = (columns < n_size)[None, :]
         ks = tl.arange(0, BLOCK_K)
         first = (k_begin + ks).to(tl.int64)
         x_ptr = left + rows.to(tl.int64)[:, None] * left_m + first[None, :] * left_k
@@ -90,16 +120,26 @@ def _matmul_chunk(
         left_step = tl.cast(left_k, tl.int64) * BLOCK_K
         right_step = tl.cast(right_k, tl.int64) * BLOCK_K
         for k in range(k_begin, k_end, BLOCK_K):
-            if EVEN:
-                x = tl.load(x_ptr)
-                y = tl.load(y_ptr)
-            else:
-                x = tl.load(x_ptr, mask=(rows < m_size)[:, None] & (k + ks < k_size)[None, :], other=0.0)
-                y = tl.load(y_ptr, mask=(k + ks < k_size)[:, None] & (columns < n_size)[None, :], other=0.0)
+            x = _load(x_ptr, left_inside, (k + ks < k_size)[None, :], LEFT_K)
+            y = _load(y_ptr, right_inside, (k + ks < k_size)[:, None], RIGHT_K)
             acc = _dot(x, y, acc, PRECISION)
             x_ptr += left_step
             y_ptr += right_step
     return acc
+
+
+@triton.jit
+def _load(ptr, inside, inside_k, WHOLE_K: tl.constexpr):
+    if not WHOLE_K:
+        if inside is None:
+            inside = inside_k
+        else:
+            inside = inside & inside_k
+    if inside is None:
+        x = tl.load(ptr)
+    else:
+        x = tl.load(ptr, mask=inside, other=0.0)
+    return x
 
 
 @triton.jit
@@ -133,13 +173,19 @@ def draw_ticket(counter, TICKET: tl.constexpr):
     First every thread's stores, then one thread's ticket. TICKET: what a maker's GPUs need beside that
     (accelerator.Accelerator.ticket).
     """
-    if TICKET == "wait":
-        _wait_for_stores()
-    tl.debug_barrier()
+    stores_end(TICKET)
     ticket = tl.atomic_add(counter, 1, sem="acq_rel")
     if TICKET == "barrier":
-        tl.debug_barrier()
+        barrier()
     return ticket
+
+
+@triton.jit
+def stores_end(TICKET: tl.constexpr):
+    """Until every thread's stores can be seen by the program's others."""
+    if TICKET == "wait":
+        _wait_for_stores()
+    barrier()
 
 
 @triton.jit
@@ -150,19 +196,23 @@ def _wait_for_stores():
 
 
 @triton.jit
-def sum_all(x, count, BLOCK: tl.constexpr):
-    """The sum of ``count`` float64 numbers that other programs wrote, always in the same order."""
+def sum_all(sums, slabs, x, count, BLOCK: tl.constexpr):
+    """normalize's two sums, of ``slabs`` float64 numbers, and that of ``count`` others: one loop, in a fixed order."""
     offsets = tl.arange(0, BLOCK)
+    on = tl.zeros([BLOCK], tl.float64)
+    squares = tl.zeros([BLOCK], tl.float64)
     total = tl.zeros([BLOCK], tl.float64)
-    for start in range(0, count, BLOCK):
-        total += tl.load(x + start + offsets, mask=start + offsets < count, other=0.0, cache_modifier=".cg")
-    return tl.sum(total, 0)
+    for start in range(0, tl.maximum(slabs, count), BLOCK):
+        at = start + offsets
+        on += tl.load(sums + at, mask=at < slabs, other=0.0, cache_modifier=".cg")
+        squares += tl.load(sums + slabs + at, mask=at < slabs, other=0.0, cache_modifier=".cg")
+        total += tl.load(x + at, mask=at < count, other=0.0, cache_modifier=".cg")
+    return tl.sum(on, 0), tl.sum(squares, 0), tl.sum(total, 0)
 
 
 @triton.jit
-def store_terms(off_sum, sums, slabs, lambd, scale, loss, on_diag, off_diag, BLOCK: tl.constexpr):
+def store_terms(on_sum, off_sum, lambd, scale, loss, on_diag, off_diag):
     """The three terms, from sums in float64. ``off_sum`` is the sum of C_ij^2 off the diagonal; NaN passes."""
-    on_sum = sum_all(sums, slabs, BLOCK)
     off_sum = tl.where(off_sum < 0, 0.0, off_sum)
     tl.store(loss, ((on_sum + lambd * off_sum) * scale).to(tl.float32))
     tl.store(on_diag, on_sum.to(tl.float32))

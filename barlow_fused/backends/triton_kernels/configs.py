@@ -1,26 +1,29 @@
 """Block shapes of the kernels, by architecture and shape.
 
 They come from reasoning and from what the compiler says, not from measurements on a GPU. ``python -m
-benchmarks.kernels`` prints registers, spills and shared memory; with Triton 3.9 for sm_90 in bfloat16:
+benchmarks.kernels`` prints registers, spills and shared memory; with Triton 3.8 for sm_90 in bfloat16:
 
     N, D                kernel        BLOCK_M, _N, _K    warps   stages   registers   shared memory
-    256, 8192           gram           64   64   64        4       4         116          64 KiB
-                        gram_grad     256   64   64        8       3         215         120 KiB
-    2048, 65536         gram          128  128   64        8       4         116         128 KiB
-                        gram_grad     128  128   64        8       4         202         128 KiB
-    8192, 2048 direct   correlate     128  128   64        8       4         182         128 KiB
-                        direct_grad   128  128   64        8       4         240         128 KiB
+    256, 8192           gram           64   64   64        4       4         168          64 KiB
+                        gram_grad     256   64   64        8       3         223         120 KiB
+    2048, 65536         gram          128  128   64        8       3         124          96 KiB
+                        grad_product  128  128   64        8       3         117          96 KiB
+    8192, 2048 direct   correlate     128  128   64        8       4         184         128 KiB
+                        direct_grad   128  128   64        8       4         254         128 KiB
 
 * BLOCK_M, BLOCK_N: the larger the tile, the fewer bytes a FLOP. An accumulator takes BLOCK_M * BLOCK_N / threads of the
   255 registers that a thread has, and once more where sums are cut into chunks (blocks.py): 128 x 128 by 256 threads is
   64 + 64. The next size, 128 x 256, leaves no registers for the epilogues.
 * Few tiles (small N or D) leave multiprocessors idle: 64 x 64 then, four times as many. gram takes the larger tile from
   N = 512 on, where it has 10 tiles and slices of D do the rest; the others where the larger tiles fill the chip.
-* gram_grad with N <= 256 has all rows of a feature in one tile, and needs no second walk: BLOCK_M is N's power of two.
+* gram_grad with N <= 256 has all rows of a feature in one tile: BLOCK_M is N's power of two.
 * BLOCK_K = 64 halves or 32 float32 are 128 bytes, a line of shared memory as the tensor cores and TMA want it.
 * num_stages: (BLOCK_M + BLOCK_N) * BLOCK_K numbers of shared memory each, 32 KiB at 128, 128, 64 in half precision.
   sm_80 has 163 KiB a block: 3, which leaves room for the epilogue. sm_90 and sm_100 have 227 KiB: 4, of up to 7. The
   consumer chips have 99 KiB: 2.
+* The Gram route's products in half precision take 3 of them and at most 128 registers on sm_90 and sm_100, so that two
+  programs share a multiprocessor (``Chip.resident``): one's epilogue hides behind the other's product. Operands that
+  take masks, gradients that take single numbers and a second accumulator need more registers, and have them.
 * num_warps: 8 for a 128 x 128 tile, since 4 would need 128 registers for the accumulator alone.
 * "tf32x3" splits every operand in two, in registers: half the tile.
 * AMD's GPUs take the tiles of sm_80 with 2 stages, whose operands then fill 16 to 40 KiB of 64: half of them wait in
@@ -30,8 +33,9 @@ benchmarks.kernels`` prints registers, spills and shared memory; with Triton 3.9
 * normalize holds BLOCK_N * BLOCK_D numbers of two views in registers: 64 a thread at most, hence fewer columns the more
   rows there are. A row of 16 columns in half precision is still a whole sector of 32 bytes.
 
-``BARLOW_FUSED_TRITON_AUTOTUNE=1`` lets Triton measure num_warps and num_stages of the four products instead, once for
-each shape and dtype. That takes longer than a first call without it, and cannot happen while a CUDA graph is captured.
+``BARLOW_FUSED_TRITON_AUTOTUNE=1`` lets Triton measure num_stages of the products instead, once for each shape and
+dtype. That takes longer than a first call without it, and cannot happen while a CUDA graph is captured. num_warps
+stays: other warps add in another order, and ranks that measure apart would differ in the last bits.
 tests/kernels/test_triton_compile.py compiles the table: tensor cores, no spills, shared memory within the limit.
 """
 
@@ -46,6 +50,10 @@ import torch
 from .. import accelerator
 from ..accelerator import Accelerator
 
+MAX_REGISTERS = 255  # of a thread
+REGISTERS = 65536  # of a multiprocessor
+ROW_BYTES = 128  # where rows of A_hat, B_hat, K and C begin: a BLOCK_K of numbers, which no mask need cut
+SLICES = 8  # partial tiles of a view that gram's last phase loads at a time
 SUM_BLOCK = 1024  # partial sums added at a time
 CHUNK = 8192  # products a tensor core adds up before a rounded addition (blocks.py)
 FLOAT32_ELEMENTS = 2**16  # of an input, up to which half precision is multiplied in float32
@@ -56,7 +64,8 @@ TMA_MIN_ELEMENTS = 2**23  # of an input: below, launches are what counts, and ea
 AMPERE = accelerator.named("sm_80")
 INTERPRETED, INTERPRETED_UNITS = 80, 8  # Triton's interpreter takes that row of TABLE, and as many programs at once
 TMA_IN_INTERPRETER = False  # for tests
-MAX_SPLIT = 32  # slices of D in gram: its last phase reads that many partial tiles one after another
+GRAD_COLUMNS = 32768  # grad_columns, at least
+MAX_SPLIT = 32  # slices of D, of which gram's last phase reads that many partial tiles
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +77,16 @@ class Blocks:
     k: int
     num_warps: int
     num_stages: int
+    registers: int = MAX_REGISTERS  # of a thread, at most: so that several programs share a multiprocessor
 
     def options(self) -> dict[str, int]:
         """What Triton's launcher takes."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        limit = {} if self.registers == MAX_REGISTERS else {"maxnreg": self.registers}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages} | limit
+
+    def without_limit(self) -> Blocks:
+        """The same with all registers: for operands that take masks or single numbers, which take more of them."""
+        return dataclasses.replace(self, registers=MAX_REGISTERS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +123,10 @@ def _with_stages(table: dict, stages: dict[str, int]) -> dict:
     }
 
 
-_HOPPER = _with_stages(_AMPERE, {"half": 4, "tf32": 4, "tf32x3": 3})
+_HOPPER = _with_stages(_AMPERE, {"half": 4, "tf32": 4, "tf32x3": 3}) | {  # two programs a multiprocessor, or three
+    ("gram", "half"): (Blocks(64, 64, 64, 4, 4, 168), Blocks(128, 128, 64, 8, 3, 128)),
+    ("gram_grad", "half"): (Blocks(64, 64, 64, 4, 3, 168), Blocks(128, 128, 64, 8, 3, 128)),
+}
 TABLE = {
     80: _AMPERE,
     86: _with_stages(_AMPERE, {"half": 2, "tf32": 2, "tf32x3": 2}),
@@ -136,7 +154,7 @@ class Chip:
     """What the choice of blocks depends on, beside the shape."""
 
     architecture: int  # row of TABLE
-    multiprocessors: int  # as many programs run at once, one a multiprocessor
+    multiprocessors: int
     about: Accelerator = AMPERE
 
     def gram(self, n: int, dtype: torch.dtype) -> Blocks:
@@ -150,12 +168,24 @@ class Chip:
         """With all rows in one tile where they fit."""
         if normalized and n <= max(ONE_TILE):
             return self._fit(next(b for rows, b in ONE_TILE.items() if n <= rows)[precision_of(dtype) != "half"])
-        programs = 2 * cdiv(d, self._blocks("gram_grad", dtype).n)
+        large = self._blocks("gram_grad", dtype)
+        programs = 2 * cdiv(d, large.n) * cdiv(n, large.m)
         return self._blocks("gram_grad", dtype, 4 * programs >= 3 * self.multiprocessors)
 
     def direct_grad(self, n: int, d: int, dtype: torch.dtype) -> Blocks:
         large = self._blocks("direct_grad", dtype)
         return self._blocks("direct_grad", dtype, cdiv(n, large.m) * cdiv(d, large.n) >= self.multiprocessors)
+
+    def resident(self, blocks: Blocks) -> int:
+        """How many programs with these blocks a multiprocessor holds; of shared memory each takes 1 KiB more.
+
+        Of other makers' GPUs nothing is assumed.
+        """
+        if self.about.maker != "nvidia":
+            return 1
+        shared = blocks.num_stages * (blocks.m + blocks.n) * ROW_BYTES + 1024
+        registers = cdiv(blocks.registers, 8) * 8 * 32 * blocks.num_warps
+        return max(1, min((self.about.shared_memory + 1024) // shared, REGISTERS // registers))
 
     def _blocks(self, kernel: str, dtype: torch.dtype, many: bool = True) -> Blocks:
         precision = self.precision(dtype)
@@ -166,24 +196,29 @@ class Chip:
         """With the stages and warps of another maker's GPUs."""
         if self.about.maker == "nvidia":
             return blocks
-        return dataclasses.replace(blocks, num_stages=min(blocks.num_stages, 2), num_warps=256 // self.about.warp_size)
+        return dataclasses.replace(
+            blocks.without_limit(), num_stages=min(blocks.num_stages, 2), num_warps=256 // self.about.warp_size
+        )
 
     def precision(self, dtype: torch.dtype) -> str:
         """What the matrix cores multiply, as precision_of says, of which other makers' can less."""
         return precision_of(dtype, self.about)
 
     def split(self, n: int, d: int, itemsize: int, blocks: Blocks) -> tuple[int, int]:
-        """Into how many slices gram cuts D, and their length in steps of BLOCK_K.
+        """Into how many slices partial_gram cuts D, and their length in steps of BLOCK_K.
 
-        A program takes as many steps as its slice has and about 8 more to start, store and hand over, and a tile's
-        last phase about 2 a slice. The multiprocessors take the programs in waves. The partial tiles may take the
+        A multiprocessor's programs take as many steps as their slices have; about 8 more to start, store and hand over,
+        which those that share it do at once; and a tile's last phase about 2 a slice. The partial tiles may take the
         memory of the two input gradients, which do not exist yet, and always that of one slice.
         """
         tiles, steps = triangle(n, blocks.m), cdiv(d, blocks.k)
         budget = 2 * n * d * itemsize // (2 * tiles * blocks.m**2 * 4)
 
+        resident = self.resident(blocks)
+
         def time(slices: int) -> int:
-            return cdiv(2 * tiles * slices, self.multiprocessors) * (cdiv(steps, slices) + 8) + 2 * slices
+            programs = cdiv(2 * tiles * slices, self.multiprocessors)
+            return programs * cdiv(steps, slices) + cdiv(programs, resident) * 8 + 2 * slices
 
         slices = min(range(1, max(1, min(MAX_SPLIT, budget, steps)) + 1), key=time)
         length = cdiv(steps, slices)
@@ -240,6 +275,11 @@ def compute_dtype(n: int, d: int, dtype: torch.dtype, normalized: bool) -> torch
     """
     exact = normalized and dtype.itemsize == 2 and (n * d <= FLOAT32_ELEMENTS or d >= FLOAT32_RATIO * n)
     return torch.float32 if exact else dtype
+
+
+def grad_columns(n: int) -> int:
+    """How many features' gradients are made at a time where N is several tiles: their row sums take half of K."""
+    return max(GRAD_COLUMNS, 32 * n)
 
 
 def stats_rows(normalized: bool, raw: bool) -> int:

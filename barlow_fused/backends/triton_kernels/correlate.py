@@ -1,7 +1,8 @@
 """correlate: C = A_hat^T B_hat / N, its sums, and the terms of the loss, in one pass over the inputs. Two launches.
 
     reads   z_a, z_b (or A_hat, B_hat) [N, D]; stats and sums of ``normalize``
-    writes  C0 = C with its diagonal 0, [D, D] in the compute dtype (only for a gradient; else C never reaches memory)
+    writes  C0 = C with its diagonal 0, [D, D] in the compute dtype, zeros up to the end of each padded row (only for a
+            gradient; else C never reaches memory)
             the row and column sums of C0^2, the means that the batch norm's backward needs, into stats
             loss, on_diag, off_diag, float32
     FLOPs   2 N D^2
@@ -27,12 +28,12 @@ import triton.language as tl
 from .blocks import MEAN, PRODUCT, RSTD, cast, halves, matmul, store_terms, sum_all
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def correlate_kernel(
     z_a, z_b, z_a_n, z_a_d, z_b_n, z_b_d,  # the raw inputs: pointers and strides, or descriptors of [BLOCK_K, BLOCK]
     a, b, a_n, a_d, b_n, b_d,  # A_hat and B_hat, likewise
     stats,
-    c_out,  # [D, D], or None
+    c_out, c_pitch,  # [D, D], rows that begin c_pitch numbers apart; or None
     row_sums,  # [2, T, D] float32: of C0^2 over a tile's columns, and over its rows; None without gradient
     off_sums,  # [T * T] float64
     N, D, raw_limit,
@@ -58,19 +59,19 @@ def correlate_kernel(
         if tl.max(tl.abs(mean_i * rstd_i), 0) * tl.max(tl.abs(mean_j * rstd_j), 0) <= raw_limit:
             c = matmul(
                 z_a, z_a_d, z_a_n, tile_i * BLOCK, D, z_b, z_b_n, z_b_d, 0, tile_j * BLOCK, D, 0, N, N,
-                BLOCK, BLOCK, BLOCK_K, 0, EVEN, TMA, True, False, PRECISION,
+                BLOCK, BLOCK, BLOCK_K, 0, EVEN, False, False, TMA, True, False, PRECISION,
             )  # fmt: skip
             c = (c / N - mean_i[:, None] * mean_j[None, :]) * (rstd_i[:, None] * rstd_j[None, :])
         else:
             c = matmul(
                 a, a_d, a_n, tile_i * BLOCK, D, b, b_n, b_d, 0, tile_j * BLOCK, D, 0, N, N,
-                BLOCK, BLOCK, BLOCK_K, 0, EVEN, TMA, True, False, PRECISION,
+                BLOCK, BLOCK, BLOCK_K, 0, EVEN, False, False, TMA, True, False, PRECISION,
             )  # fmt: skip
             c = c / N
     else:
         c = matmul(
             a, a_d, a_n, tile_i * BLOCK, D, b, b_n, b_d, 0, tile_j * BLOCK, D, 0, N, N,
-            BLOCK, BLOCK, BLOCK_K, 0, EVEN, TMA, True, False, PRECISION,
+            BLOCK, BLOCK, BLOCK_K, 0, EVEN, False, False, TMA, True, False, PRECISION,
         )  # fmt: skip
         c = c / N
 
@@ -80,8 +81,8 @@ def correlate_kernel(
     row_sums_j = None
     if row_sums is not None:
         row_sums_j = row_sums + (tiles + tile_i).to(tl.int64) * D
-    over_columns = _finish(left, i, j, c_out, row_sums_j, D)
-    over_columns += _finish(right, i, j + BLOCK // 2, c_out, row_sums_j, D)
+    over_columns = _finish(left, i, j, c_out, c_pitch, row_sums_j, D)
+    over_columns += _finish(right, i, j + BLOCK // 2, c_out, c_pitch, row_sums_j, D)
     if row_sums is not None:
         tl.store(row_sums + tile_j.to(tl.int64) * D + i, over_columns, mask=i < D)
     off_sum = tl.sum(over_columns.to(tl.float64), 0)
@@ -89,12 +90,13 @@ def correlate_kernel(
 
 
 @triton.jit
-def _finish(c, i, j, c_out, row_sums_j, D):
+def _finish(c, i, j, c_out, c_pitch, row_sums_j, D):
     """Store a tile of C0 and the sums of C0^2 over its rows; return the sums over its columns."""
     inside = (i < D)[:, None] & (j < D)[None, :]
     c = tl.where(inside & (i[:, None] != j[None, :]), c, 0.0)
     if c_out is not None:
-        tl.store(c_out + i.to(tl.int64)[:, None] * D + j[None, :], cast(c, c_out), mask=inside)
+        stored = (i < D)[:, None] & (j < c_pitch)[None, :]
+        tl.store(c_out + i.to(tl.int64)[:, None] * c_pitch + j[None, :], cast(c, c_out), mask=stored)
     squares = c * c
     if row_sums_j is not None:
         tl.store(row_sums_j + j, tl.sum(squares, 0), mask=j < D)
@@ -120,5 +122,5 @@ def correlate_terms_kernel(
         tl.store(stats + PRODUCT * D + columns, over_columns, mask=columns < D)
         tl.store(stats + (PRODUCT + 1) * D + columns, over_rows, mask=columns < D)
     if pid == 0:
-        off_sum = sum_all(off_sums, tiles * tiles, BLOCK_SUM)
-        store_terms(off_sum, sums, slabs, lambd, scale, loss, on_diag, off_diag, BLOCK_SUM)
+        on_sum, _squares, off_sum = sum_all(sums, slabs, off_sums, tiles * tiles, BLOCK_SUM)
+        store_terms(on_sum, off_sum, lambd, scale, loss, on_diag, off_diag)

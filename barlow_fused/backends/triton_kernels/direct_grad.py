@@ -26,18 +26,19 @@ import triton.language as tl
 from .blocks import KAPPA, MEAN, PRODUCT, RSTD, C, cast, halves, matmul, weights_of_sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def direct_grad_kernel(
     own, other, own_n, own_d, other_n, other_d,  # for the epilogue: of z_a and z_b (RAW), or of A_hat and B_hat
     left, left_n, left_d,  # the other's A_hat or B_hat as operand: a pointer, or a descriptor of [BLOCK_M, BLOCK_K]
-    right,  # C0: a pointer, or a descriptor of [BLOCK_D, BLOCK_K] (a) or [BLOCK_K, BLOCK_D] (b)
+    right, right_pitch,  # C0: a pointer, or a descriptor of [BLOCK_D, BLOCK_K] (a) or [BLOCK_K, BLOCK_D] (b)
     stats,
     grad, grad_n, grad_d,
     g_loss, g_on, g_off,  # [] or None
     N, D, lambd, scale,
     VIEW: tl.constexpr, NORMALIZED: tl.constexpr, RAW: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-    EVEN: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN: tl.constexpr, NARROW: tl.constexpr,  # NARROW: rows of own, other, grad begin at any multiple of their dtype
+    LEFT_K: tl.constexpr, RIGHT_K: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # GROUP rows of tiles at a time, so that programs that run together share their operands in L2.
     row_tiles = tl.cdiv(N, BLOCK_M)
@@ -50,45 +51,68 @@ def direct_grad_kernel(
     if TMA:
         p = matmul(
             left, 0, 0, row, N, right, 0, 0, 0, column, D, 0, D, D,
-            BLOCK_M, BLOCK_D, BLOCK_K, 0, EVEN, True, False, VIEW == 0, PRECISION,
+            BLOCK_M, BLOCK_D, BLOCK_K, 0, EVEN, LEFT_K, RIGHT_K, True, False, VIEW == 0, PRECISION,
         )  # fmt: skip
     elif VIEW == 0:
         p = matmul(
-            left, left_n, left_d, row, N, right, 1, D, 0, column, D, 0, D, D,
-            BLOCK_M, BLOCK_D, BLOCK_K, 0, EVEN, False, False, False, PRECISION,
+            left, left_n, left_d, row, N, right, 1, right_pitch, 0, column, D, 0, D, D,
+            BLOCK_M, BLOCK_D, BLOCK_K, 0, EVEN, LEFT_K, RIGHT_K, False, False, True, PRECISION,
         )  # fmt: skip
     else:
         p = matmul(
-            left, left_n, left_d, row, N, right, D, 1, 0, column, D, 0, D, D,
-            BLOCK_M, BLOCK_D, BLOCK_K, 0, EVEN, False, False, False, PRECISION,
+            left, left_n, left_d, row, N, right, right_pitch, 1, 0, column, right_pitch, 0, D, D,
+            BLOCK_M, BLOCK_D, BLOCK_K, 0, EVEN, LEFT_K, RIGHT_K, False, False, False, PRECISION,
         )  # fmt: skip
 
     # One half of the columns after the other, as in gram_grad.py.
     w_on, w_off = weights_of_sums(g_loss, g_on, g_off, lambd, scale)
     rows = row + tl.arange(0, BLOCK_M)
-    columns = column + tl.arange(0, BLOCK_D // 2)
     p_left, p_right = halves(p)
     _finish(
-        p_left, rows, columns, own, own_n, own_d, other, other_n, other_d, grad, grad_n, grad_d,
-        stats, w_on, w_off, N, D, VIEW, NORMALIZED, RAW, EVEN,
+        p_left, rows, column, own, own_n, own_d, other, other_n, other_d, grad, grad_n, grad_d,
+        stats, w_on, w_off, N, D, VIEW, NORMALIZED, RAW, EVEN, NARROW,
     )  # fmt: skip
     _finish(
-        p_right, rows, columns + BLOCK_D // 2, own, own_n, own_d, other, other_n, other_d, grad, grad_n, grad_d,
-        stats, w_on, w_off, N, D, VIEW, NORMALIZED, RAW, EVEN,
+        p_right, rows, column + BLOCK_D // 2, own, own_n, own_d, other, other_n, other_d, grad, grad_n, grad_d,
+        stats, w_on, w_off, N, D, VIEW, NORMALIZED, RAW, EVEN, NARROW,
     )  # fmt: skip
 
 
 @triton.jit
 def _finish(
+    p, rows, column, own, own_n, own_d, other, other_n, other_d, grad, grad_n, grad_d, stats, w_on, w_off, N, D,
+    VIEW: tl.constexpr, NORMALIZED: tl.constexpr, RAW: tl.constexpr, EVEN: tl.constexpr, NARROW: tl.constexpr,
+):  # fmt: skip
+    """Store a tile of the gradient, or one half of it after the other."""
+    if NARROW:
+        p_left, p_right = halves(p)
+        _finish(
+            p_left, rows, column, own, own_n, own_d, other, other_n, other_d, grad, grad_n, grad_d,
+            stats, w_on, w_off, N, D, VIEW, NORMALIZED, RAW, EVEN, False,
+        )  # fmt: skip
+        _finish(
+            p_right, rows, column + p_left.shape[1], own, own_n, own_d, other, other_n, other_d, grad, grad_n, grad_d,
+            stats, w_on, w_off, N, D, VIEW, NORMALIZED, RAW, EVEN, False,
+        )  # fmt: skip
+    else:
+        columns = column + tl.arange(0, p.shape[1])
+        _store(
+            p, rows, columns, own, own_n, own_d, other, other_n, other_d, grad, grad_n, grad_d,
+            stats, w_on, w_off, N, D, VIEW, NORMALIZED, RAW, EVEN,
+        )  # fmt: skip
+
+
+@triton.jit
+def _store(
     p, rows, columns, own, own_n, own_d, other, other_n, other_d, grad, grad_n, grad_d, stats, w_on, w_off, N, D,
     VIEW: tl.constexpr, NORMALIZED: tl.constexpr, RAW: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Store a tile of the gradient."""
-    mask = None  # EVEN: the tile is whole
-    inside = None
+    mask = (rows < N)[:, None]
+    inside = None  # EVEN: D ends with a tile
     if not EVEN:
         inside = columns < D
-        mask = (rows < N)[:, None] & inside[None, :]
+        mask = mask & inside[None, :]
     tall = rows.to(tl.int64)[:, None]
     wide = columns.to(tl.int64)[None, :]
     row = stats + columns

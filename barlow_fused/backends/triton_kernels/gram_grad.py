@@ -1,4 +1,4 @@
-"""gram_grad: the input gradients of the Gram route, from A_hat, B_hat and K. One launch for both views.
+"""gram_grad: the input gradients of the Gram route, from A_hat, B_hat and K, where N is one tile. One launch.
 
 For view a, with own = A_hat, other = B_hat, and one number a feature for everything but own, other and P:
 
@@ -11,17 +11,10 @@ For view a, with own = A_hat, other = B_hat, and one number a feature for everyt
     reads   z_a, z_b, A_hat, B_hat [N, D], K [2, N, N], stats; the gradients of the terms (0-d, read here)
     writes  both gradients [N, D], in the inputs' dtype and strides
     FLOPs   4 N^2 D for both views
-    bytes   6 N D read in half precision (4 N D in float32), K from L2, and 2 N D written; with several row tiles 6 N D
-            more, below
+    bytes   6 N D read in half precision (4 N D in float32), K from L2, and 2 N D written
 
-The idea: mean_n(own * q) needs all samples of a feature before one number of its gradient is known, so a program owns
-a slab of columns with all N rows. Up to BLOCK_M samples, P waits in registers. Beyond, the program walks over row
-tiles: it adds up own * q, stores as the gradient q and every multiple of own that is already known (of mean_n(own * q),
-that is rstd * d * c), and when the sums are complete walks over the slab again and adds the missing multiple of own to
-what it stored. The second walk reads own and grad and writes grad, 3 N D numbers a view, against 2 N^2 D FLOPs, and
-finds a part of them in L2. The alternatives: computing P twice costs 2 N^2 D FLOPs more a view, and a float32 P in
-memory 8 N D bytes. In half precision the gradient is rounded twice, relative 2^-9 / sqrt(3) each in bfloat16; the first
-rounding is of what is left after everything known has been taken out.
+The idea: mean_n(own * q) needs all samples of a feature before one number of its gradient is known. Up to BLOCK_M
+samples a program owns a slab of columns with all N rows, and P waits in registers. grad_product.py has more rows.
 
 In half precision the epilogue standardises z once more instead of reading A_hat and B_hat (RAW): with c near 1 the
 gradient holds the small difference d * (B_hat - c * A_hat), which their rounding would drown. Only P is made of rounded
@@ -40,34 +33,30 @@ import triton.language as tl
 from .blocks import KAPPA, MEAN, RSTD, SQUARE, C, cast, halves, matmul, weights_of_sums
 
 
-@triton.jit(do_not_specialize=["first_view", "slabs"])
+@triton.jit(do_not_specialize=["N", "k_divisor", "first_view", "slabs"])
 def gram_grad_kernel(
     a, b, a_n, a_d, b_n, b_d,  # for the epilogue: z_a and z_b (RAW), or A_hat and B_hat; their strides
-    a_right, b_right, a_right_n, a_right_d, b_right_n, b_right_d,  # A_hat and B_hat as right operands; with TMA, where
-    # the blocks divide N, a_right is a descriptor of [BLOCK_K, BLOCK_D] blocks of both, [2 N, D]
-    k,  # K_a and K_b, [2, N, N]; with TMA a descriptor of [BLOCK_M, BLOCK_K] blocks of [2 N, N]
+    a_right, b_right, a_right_n, a_right_d, b_right_n, b_right_d,  # A_hat and B_hat as right operands; with TMA
+    # a_right is a descriptor of [BLOCK_K, BLOCK_D] blocks of both, [2 N, D]
+    k, k_pitch,  # K_a and K_b, [2, N, N], rows k_pitch numbers apart; with TMA a descriptor of [BLOCK_M, BLOCK_K]
+    # blocks of [2 N, N]
     stats,
     grad_a, grad_b, grad_a_n, grad_a_d, grad_b_n, grad_b_d,  # a gradient that is not wanted is never touched
     g_loss, g_on, g_off,  # [] or None
     N, D, k_divisor,  # K's D: that of all ranks, where a rank has a part of the features
     first_view, slabs, lambd, scale,
-    NORMALIZED: tl.constexpr, RAW: tl.constexpr, SHIFT: tl.constexpr, WALK: tl.constexpr,  # WALK: several row tiles
+    NORMALIZED: tl.constexpr, RAW: tl.constexpr, SHIFT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
     CHUNK: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    NARROW: tl.constexpr,  # rows of a, b and the gradients begin at any multiple of their dtype
     UNIT_STRIDE: tl.constexpr, UNIT_STRIDE_RIGHT: tl.constexpr, UNIT_STRIDE_GRAD: tl.constexpr,  # along D
 ):  # fmt: skip
     pid = tl.program_id(0)
-    row_tiles = tl.cdiv(N, BLOCK_M)
-    if NORMALIZED:  # a program: all rows of a slab
-        row_tile = 0
-        slab = pid % slabs
-        view = first_view + pid // slabs
-    else:
-        row_tile = pid % row_tiles
-        slab = (pid // row_tiles) % slabs
-        view = first_view + pid // (row_tiles * slabs)
+    row_tiles = tl.cdiv(N, BLOCK_M)  # 1 where features are standardised
+    row = (pid % row_tiles) * BLOCK_M
+    column = ((pid // row_tiles) % slabs) * BLOCK_D
+    view = first_view + pid // (row_tiles * slabs)
     is_a = view == 0
-    column = slab * BLOCK_D
     w_on, w_off = weights_of_sums(g_loss, g_on, g_off, lambd, scale)
     own = tl.where(is_a, a, b)
     own_n = tl.where(is_a, a_n, b_n)
@@ -85,109 +74,68 @@ def gram_grad_kernel(
         grad_d = 1
     else:
         grad_d = tl.where(is_a, grad_a_d, grad_b_d)
+    p = gram_grad_product(
+        is_a, row, column, a_right, b_right, a_right_n, a_right_d, b_right_n, b_right_d, k, k_pitch, N, D,
+        BLOCK_M, BLOCK_D, BLOCK_K, CHUNK, EVEN, NORMALIZED, TMA, UNIT_STRIDE_RIGHT, PRECISION,
+    )  # fmt: skip
 
     # The epilogue takes one half of the columns after the other: numbers that belong to a feature, of which a thread
     # needs as many as it has columns, would not fit its registers otherwise.
-    left = column + tl.arange(0, BLOCK_D // 2)
-    right = left + BLOCK_D // 2
-    if WALK:
-        mean_left = tl.zeros([BLOCK_D // 2], tl.float32)
-        mean_right = tl.zeros([BLOCK_D // 2], tl.float32)
-        for tile in range(0, row_tiles):
-            p = _product(
-                is_a, tile * BLOCK_M, column, a_right, b_right, a_right_n, a_right_d, b_right_n, b_right_d, k, N, D,
-                BLOCK_M, BLOCK_D, BLOCK_K, CHUNK, EVEN, TMA, UNIT_STRIDE_RIGHT, PRECISION,
-            )  # fmt: skip
-            rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-            p_left, p_right = halves(p)
-            mean_left += _finish(
-                p_left, rows, left, own, own_n, own_d, other, other_n, other_d, grad, grad_n, grad_d,
-                stats, view, w_on, w_off, N, D, k_divisor, NORMALIZED, RAW, SHIFT, True, EVEN,
-            )  # fmt: skip
-            mean_right += _finish(
-                p_right, rows, right, own, own_n, own_d, other, other_n, other_d, grad, grad_n, grad_d,
-                stats, view, w_on, w_off, N, D, k_divisor, NORMALIZED, RAW, SHIFT, True, EVEN,
-            )  # fmt: skip
-        tl.debug_barrier()  # the second walk reads what other threads of this program have stored
-        for tile in range(0, row_tiles):
-            rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-            _add_own(
-                mean_left,
-                rows,
-                left,
-                own,
-                own_n,
-                own_d,
-                grad,
-                grad_n,
-                grad_d,
-                stats,
-                view,
-                w_on,
-                w_off,
-                N,
-                D,
-                RAW,
-                EVEN,
-            )
-            _add_own(
-                mean_right,
-                rows,
-                right,
-                own,
-                own_n,
-                own_d,
-                grad,
-                grad_n,
-                grad_d,
-                stats,
-                view,
-                w_on,
-                w_off,
-                N,
-                D,
-                RAW,
-                EVEN,
-            )
-    else:
-        p = _product(
-            is_a, row_tile * BLOCK_M, column, a_right, b_right, a_right_n, a_right_d, b_right_n, b_right_d, k, N, D,
-            BLOCK_M, BLOCK_D, BLOCK_K, CHUNK, EVEN, TMA, UNIT_STRIDE_RIGHT, PRECISION,
-        )  # fmt: skip
-        rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        p_left, p_right = halves(p)
-        _finish(
-            p_left, rows, left, own, own_n, own_d, other, other_n, other_d, grad, grad_n, grad_d,
-            stats, view, w_on, w_off, N, D, k_divisor, NORMALIZED, RAW, SHIFT, False, EVEN,
-        )  # fmt: skip
-        _finish(
-            p_right, rows, right, own, own_n, own_d, other, other_n, other_d, grad, grad_n, grad_d,
-            stats, view, w_on, w_off, N, D, k_divisor, NORMALIZED, RAW, SHIFT, False, EVEN,
-        )  # fmt: skip
+    rows = row + tl.arange(0, BLOCK_M)
+    p_left, p_right = halves(p)
+    _finish(
+        p_left, rows, column, own, own_n, own_d, other, other_n, other_d, grad, grad_n, grad_d,
+        stats, view, w_on, w_off, N, D, k_divisor, NORMALIZED, RAW, SHIFT, EVEN, NARROW,
+    )  # fmt: skip
+    _finish(
+        p_right, rows, column + BLOCK_D // 2, own, own_n, own_d, other, other_n, other_d, grad, grad_n, grad_d,
+        stats, view, w_on, w_off, N, D, k_divisor, NORMALIZED, RAW, SHIFT, EVEN, NARROW,
+    )  # fmt: skip
 
 
 @triton.jit
 def _finish(
+    p, rows, column, own, own_n, own_d, other, other_n, other_d, grad, grad_n, grad_d,
+    stats, view, w_on, w_off, N, D, k_divisor,
+    NORMALIZED: tl.constexpr, RAW: tl.constexpr, SHIFT: tl.constexpr, EVEN: tl.constexpr, NARROW: tl.constexpr,
+):  # fmt: skip
+    """Store a tile of the gradient, or one half of it after the other."""
+    if NARROW:
+        p_left, p_right = halves(p)
+        _finish(
+            p_left, rows, column, own, own_n, own_d, other, other_n, other_d, grad, grad_n, grad_d,
+            stats, view, w_on, w_off, N, D, k_divisor, NORMALIZED, RAW, SHIFT, EVEN, False,
+        )  # fmt: skip
+        _finish(
+            p_right, rows, column + p_left.shape[1], own, own_n, own_d, other, other_n, other_d, grad, grad_n, grad_d,
+            stats, view, w_on, w_off, N, D, k_divisor, NORMALIZED, RAW, SHIFT, EVEN, False,
+        )  # fmt: skip
+    else:
+        columns = column + tl.arange(0, p.shape[1])
+        _store(
+            p, rows, columns, own, own_n, own_d, other, other_n, other_d, grad, grad_n, grad_d,
+            stats, view, w_on, w_off, N, D, k_divisor, NORMALIZED, RAW, SHIFT, EVEN,
+        )  # fmt: skip
+
+
+@triton.jit
+def _store(
     p, rows, columns, own, own_n, own_d, other, other_n, other_d, grad, grad_n, grad_d,
     stats, view, w_on, w_off, N, D, k_divisor,
-    NORMALIZED: tl.constexpr, RAW: tl.constexpr, SHIFT: tl.constexpr, WALK: tl.constexpr, EVEN: tl.constexpr,
+    NORMALIZED: tl.constexpr, RAW: tl.constexpr, SHIFT: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Store a tile of the gradient, and return this tile's part of mean_n(own * q).
-
-    With WALK the gradient lacks the multiple of own that this mean, less its known part, will call for.
-    """
-    mask = None  # EVEN: the tile is whole
-    inside = None
+    """Store a tile of the gradient; NORMALIZED: one with all rows."""
+    mask = (rows < N)[:, None]
+    inside = None  # EVEN: D ends with a tile
     if not EVEN:
         inside = columns < D
-        mask = (rows < N)[:, None] & inside[None, :]
+        mask = mask & inside[None, :]
     tall = rows.to(tl.int64)[:, None]
     wide = columns.to(tl.int64)[None, :]
     c = tl.load(stats + C * D + columns, mask=inside)
     alpha = w_off * (2.0 / N) * (k_divisor * 1.0 / N)
     d = (2.0 / N) * (w_on * (c - 1.0) - w_off * c)
-    y = _load(other + tall * other_n + wide * other_d, mask)
-    mean = 0.0
+    y = tl.load(other + tall * other_n + wide * other_d, mask=mask, other=0.0).to(tl.float32)
     if NORMALIZED:
         row = stats + view.to(tl.int64) * D + columns
         rstd = tl.load(row + RSTD * D, mask=inside)
@@ -201,85 +149,44 @@ def _finish(
             q = p * alpha[None, :] + (y * factor[None, :] - (factor * tl.load(row_y + MEAN * D, mask=inside))[None, :])
         else:
             q = p * alpha[None, :] + y * d[None, :]
-        x = _load_own(own + tall * own_n + wide * own_d, mask, stats, view, columns, inside, D, RAW)
+        x = tl.load(own + tall * own_n + wide * own_d, mask=mask, other=0.0).to(tl.float32)
+        if RAW:
+            x = x * rstd[None, :] - (rstd * tl.load(row + MEAN * D, mask=inside))[None, :]
+            x = tl.where(mask, x, 0.0)
         mean = tl.sum(x * q, 0) / N
-        known = mean
-        if WALK:
-            known = d * c
-        g = q + x * (alpha * SHIFT * (1.0 - kappa * square) - kappa * known)[None, :]
+        g = q + x * (alpha * SHIFT * (1.0 - kappa * square) - kappa * mean)[None, :]
     else:
         g = p * alpha + y * d[None, :]
     tl.store(grad + tall * grad_n + wide * grad_d, cast(g, grad), mask=mask)
-    return mean
 
 
 @triton.jit
-def _add_own(
-    mean, rows, columns, own, own_n, own_d, grad, grad_n, grad_d, stats, view, w_on, w_off, N, D,
-    RAW: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    """The second walk: add what was not known of - kappa * mean_n(own * q) * own."""
-    mask = None
-    inside = None
-    if not EVEN:
-        inside = columns < D
-        mask = (rows < N)[:, None] & inside[None, :]
-    tall = rows.to(tl.int64)[:, None]
-    wide = columns.to(tl.int64)[None, :]
-    c = tl.load(stats + C * D + columns, mask=inside)
-    row = stats + view.to(tl.int64) * D + columns
-    rstd = tl.load(row + RSTD * D, mask=inside)
-    d = (2.0 / N) * (w_on * (c - 1.0) - w_off * c)
-    factor = -tl.load(row + KAPPA * D, mask=inside) * (mean - rstd * d * c)
-    x = _load_own(own + tall * own_n + wide * own_d, mask, stats, view, columns, inside, D, RAW)
-    ptr = grad + tall * grad_n + wide * grad_d
-    tl.store(ptr, cast(tl.load(ptr, mask=mask).to(tl.float32) + x * factor[None, :], grad), mask=mask)
-
-
-@triton.jit
-def _load_own(ptr, mask, stats, view, columns, inside, D, RAW: tl.constexpr):
-    """A tile of own in float32, 0 outside of the matrix."""
-    x = _load(ptr, mask)
-    if RAW:
-        row = stats + view.to(tl.int64) * D + columns
-        rstd = tl.load(row + RSTD * D, mask=inside)
-        x = x * rstd[None, :] - (rstd * tl.load(row + MEAN * D, mask=inside))[None, :]
-        if mask is not None:
-            x = tl.where(mask, x, 0.0)
-    return x
-
-
-@triton.jit
-def _load(ptr, mask):
-    """A tile in float32, 0 where the mask is false: what a load leaves there by itself may be NaN, and is summed."""
-    if mask is None:
-        x = tl.load(ptr)
-    else:
-        x = tl.load(ptr, mask=mask, other=0.0)
-    return x.to(tl.float32)
-
-
-@triton.jit
-def _product(
-    is_a, row, column, a_right, b_right, a_right_n, a_right_d, b_right_n, b_right_d, k, N, D,
+def gram_grad_product(
+    is_a, row, column, a_right, b_right, a_right_n, a_right_d, b_right_n, b_right_d, k, k_pitch, N, D,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
-    EVEN: tl.constexpr, TMA: tl.constexpr, UNIT_STRIDE: tl.constexpr, PRECISION: tl.constexpr,
+    EVEN: tl.constexpr, PADDED: tl.constexpr, TMA: tl.constexpr, UNIT_STRIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A [BLOCK_M, BLOCK_D] tile of P."""
     if TMA:
         own_row = tl.where(is_a, 0, N)
         p = matmul(
             k, 0, 0, N - own_row + row, 2 * N, a_right, 0, 0, own_row, column, D, 0, N, N,
-            BLOCK_M, BLOCK_D, BLOCK_K, CHUNK, EVEN, True, False, False, PRECISION,
+            BLOCK_M, BLOCK_D, BLOCK_K, CHUNK, EVEN, True, False, True, False, False, PRECISION,
         )  # fmt: skip
     else:
         if UNIT_STRIDE:
             right_d = 1
         else:
             right_d = tl.where(is_a, a_right_d, b_right_d)
+        right_n = tl.where(is_a, a_right_n, b_right_n)
+        if PADDED:  # columns up to a multiple of 16 can be loaded, 16 bytes at once
+            columns = right_n
+        else:
+            columns = D
         p = matmul(
-            k + tl.where(is_a, tl.cast(N, tl.int64) * N, 0), N, 1, row, N,
-            tl.where(is_a, a_right, b_right), tl.where(is_a, a_right_n, b_right_n), right_d, 0, column, D, 0, N, N,
-            BLOCK_M, BLOCK_D, BLOCK_K, CHUNK, EVEN, False, False, False, PRECISION,
+            k + tl.where(is_a, tl.cast(N, tl.int64) * k_pitch, 0), k_pitch, 1, row, N,
+            tl.where(is_a, a_right, b_right), right_n, right_d, 0, column, columns, 0, N, N,
+            BLOCK_M, BLOCK_D, BLOCK_K, CHUNK, EVEN, True, False, False, False, False, PRECISION,
         )  # fmt: skip
     return p

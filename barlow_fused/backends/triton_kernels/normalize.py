@@ -1,7 +1,8 @@
 """normalize: every feature's mean and variance, A_hat and B_hat, and c = diag(C), from z_a and z_b.
 
     reads   z_a, z_b                        2 N D numbers, once (``normalize_kernel``) or twice (the two phases)
-    writes  A_hat, B_hat                    2 N D numbers in the inputs' dtype; nothing where nothing is standardised
+    writes  A_hat, B_hat                    2 N D numbers in the compute dtype, zeros up to the end of each padded row;
+                                            nothing where nothing is standardised
             stats [1, 7 or 9; D] float32    the rows that blocks.py names
             sums [2, slabs] float64         each slab's sums of (c_i - 1)^2, the on-diagonal term, and of c_i^2
             counters                        zeros, for the kernel that comes next
@@ -27,10 +28,10 @@ import triton.language as tl
 from .blocks import KAPPA, MEAN, RSTD, SQUARE, C, cast
 
 
-@triton.jit(do_not_specialize=["counter_count"])
+@triton.jit(do_not_specialize=["counter_count", "N"])
 def normalize_kernel(
     z_a, z_b, a_n, a_d, b_n, b_d,  # [N, D] and their strides
-    a_hat, b_hat,  # [N, D] contiguous
+    a_hat, b_hat, pitch,  # [N, D], rows that begin pitch numbers apart
     stats, sums, counters, counter_count,
     N, D, eps, correction,
     NORMALIZE: tl.constexpr, EPS_IN_ROOT: tl.constexpr,
@@ -51,14 +52,14 @@ def normalize_kernel(
             first_a + mean_a, first_b + mean_b, tl.sum(a * a, 0), tl.sum(b * b, 0), tl.sum(a * b, 0),
             stats, N, D, D, columns, eps, correction, EPS_IN_ROOT, a_hat.dtype.element_ty != tl.float32,
         )  # fmt: skip
-        _store(a_hat, a * rstd_a[None, :], rows, columns, N, D)
-        _store(b_hat, b * rstd_b[None, :], rows, columns, N, D)
+        _store(a_hat, a * rstd_a[None, :], rows, columns, N, pitch)
+        _store(b_hat, b * rstd_b[None, :], rows, columns, N, pitch)
     else:
         c = tl.sum(a * b, 0) / N
     _store_c(c, stats, sums, slab, tl.num_programs(0), columns, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "rows_per_chunk"])
 def moments_kernel(
     z_a, z_b, a_n, a_d, b_n, b_d,
     partials,  # [chunks, 5, D] float32: each chunk's mean and sum of squares, a then b, and sum of products
@@ -101,10 +102,10 @@ def moments_kernel(
     tl.store(out + 4 * D, cross, mask=columns < D)
 
 
-@triton.jit(do_not_specialize=["counter_count", "chunks"])
+@triton.jit(do_not_specialize=["counter_count", "chunks", "N", "rows_per_chunk"])
 def apply_moments_kernel(
     z_a, z_b, a_n, a_d, b_n, b_d,
-    partials, chunks, a_hat, b_hat,
+    partials, chunks, a_hat, b_hat, pitch,
     stats, sums, counters, counter_count,
     N, D, rows_per_chunk, eps, correction,
     NORMALIZE: tl.constexpr, EPS_IN_ROOT: tl.constexpr,
@@ -154,8 +155,8 @@ def apply_moments_kernel(
             b = _load(z_b, b_n, b_d, rows, columns, end, D)
             a = (a - first_a[None, :] - mean_a[None, :]) * rstd_a[None, :]
             b = (b - first_b[None, :] - mean_b[None, :]) * rstd_b[None, :]
-            _store(a_hat, a, rows, columns, end, D)
-            _store(b_hat, b, rows, columns, end, D)
+            _store(a_hat, a, rows, columns, end, pitch)
+            _store(b_hat, b, rows, columns, end, pitch)
     else:
         c = cross / N
     if chunk == 0:
@@ -169,9 +170,9 @@ def _load(z, stride_n, stride_d, rows, columns, n, d):
 
 
 @triton.jit
-def _store(x_hat, x, rows, columns, n, d):
-    ptr = x_hat + rows.to(tl.int64)[:, None] * d + columns[None, :]
-    tl.store(ptr, cast(x, x_hat), mask=(rows < n)[:, None] & (columns < d)[None, :])
+def _store(x_hat, x, rows, columns, n, pitch):
+    ptr = x_hat + rows.to(tl.int64)[:, None] * pitch + columns[None, :]
+    tl.store(ptr, cast(x, x_hat), mask=(rows < n)[:, None] & (columns < pitch)[None, :])
 
 
 @triton.jit
@@ -221,6 +222,8 @@ def _finish(
     if RAW:
         tl.store(row + MEAN * stride, mean_a, mask=mask)
         tl.store(row + (MEAN + 1) * stride, mean_b, mask=mask)
+    rstd_a = tl.where(columns < d, rstd_a, 0.0)  # 1 / sqrt(eps) beyond D, which may be infinite
+    rstd_b = tl.where(columns < d, rstd_b, 0.0)
     return cross * rstd_a * rstd_b / n, rstd_a, rstd_b
 
 
@@ -251,5 +254,6 @@ def _store_c(c, stats, sums, slab, slabs, columns, d):
 
 @triton.jit
 def _zero_counters(counters, count, slab, BLOCK: tl.constexpr):
-    offsets = slab * BLOCK + tl.arange(0, BLOCK)
-    tl.store(counters + offsets, tl.zeros([BLOCK], tl.int32), mask=offsets < count)
+    for start in range(slab * BLOCK, count, tl.num_programs(0) * BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        tl.store(counters + offsets, tl.zeros([BLOCK], tl.int32), mask=offsets < count)

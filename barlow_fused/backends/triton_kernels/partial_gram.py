@@ -1,6 +1,6 @@
 """partial_gram: one view's K = X_hat X_hat^T, lower triangle, summed over the features that a rank has. One launch.
 
-    reads   X_hat [N, D], contiguous
+    reads   X_hat [N, D], zeros up to the end of each padded row
     writes  [split, size] float32: a slice's sums, in panels as torch_partial.panels has them, ready to be sent
     FLOPs   N^2 D
 
@@ -18,11 +18,10 @@ import triton.language as tl
 from .blocks import matmul
 
 
-@triton.jit(do_not_specialize=["steps"])
+@triton.jit(do_not_specialize=["N", "size", "steps"])
 def partial_gram_kernel(
-    x, partials, N, D, size, steps,  # a slice is steps * BLOCK_K columns
-    PANEL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x, pitch, partials, N, D, size, steps,  # a slice is steps * BLOCK_K columns
+    PANEL: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program: a tile of a panel, and a slice of D. BLOCK divides PANEL, a panel's rows."""
     row = tl.program_id(0) * BLOCK
@@ -33,8 +32,8 @@ def partial_gram_kernel(
         part = tl.program_id(2)
         begin = part * steps * BLOCK_K
         acc = matmul(
-            x, D, 1, row, N, x, 1, D, 0, column, N, begin, tl.minimum(begin + steps * BLOCK_K, D), D,
-            BLOCK, BLOCK, BLOCK_K, CHUNK, EVEN, False, False, False, PRECISION,
+            x, pitch, 1, row, N, x, 1, pitch, 0, column, N, begin, tl.minimum(begin + steps * BLOCK_K, D), D,
+            BLOCK, BLOCK, BLOCK_K, CHUNK, False, True, True, False, False, True, PRECISION,
         )  # fmt: skip
         rows = row + tl.arange(0, BLOCK)
         columns = column + tl.arange(0, BLOCK)
