@@ -28,8 +28,8 @@ benchmarks.kernels`` prints registers, spills and shared memory; with Triton 3.8
 * "tf32x3" splits every operand in two, in registers: half the tile.
 * AMD's GPUs take the tiles of sm_80 with 2 stages, whose operands then fill 16 to 40 KiB of 64: half of them wait in
   registers, except on gfx950, which has 160 KiB. 256 threads are 4 warps of 64 or, on RDNA, 8 of 32. RDNA has 256
-  registers a thread for everything, and always takes the smaller tiles. It multiplies float32 outside of its matrix
-  cores, CDNA on them.
+  registers a thread for everything: it always takes the smaller tiles, and has all rows in one only up to N = 128. It
+  multiplies float32 outside of its matrix cores, CDNA on them.
 * normalize holds BLOCK_N * BLOCK_D numbers of two views in registers: 64 a thread at most, hence fewer columns the more
   rows there are. A row of 16 columns in half precision is still a whole sector of 32 bytes.
 
@@ -166,7 +166,7 @@ class Chip:
 
     def gram_grad(self, n: int, d: int, dtype: torch.dtype, normalized: bool) -> Blocks:
         """With all rows in one tile where they fit."""
-        if normalized and n <= max(ONE_TILE):
+        if normalized and n <= (128 if self._few_registers else max(ONE_TILE)):
             return self._fit(next(b for rows, b in ONE_TILE.items() if n <= rows)[precision_of(dtype) != "half"])
         large = self._blocks("gram_grad", dtype)
         programs = 2 * cdiv(d, large.n) * cdiv(n, large.m)
@@ -189,8 +189,13 @@ class Chip:
 
     def _blocks(self, kernel: str, dtype: torch.dtype, many: bool = True) -> Blocks:
         precision = self.precision(dtype)
-        many = many and not (self.about.maker == "amd" and self.about.warp_size == 32)
+        many = many and not self._few_registers
         return self._fit(TABLE[self.architecture][kernel, "tf32x3" if precision == "ieee" else precision][many])
+
+    @property
+    def _few_registers(self) -> bool:
+        """RDNA, where accumulators are among a thread's 256 registers."""
+        return self.about.maker == "amd" and self.about.warp_size == 32
 
     def _fit(self, blocks: Blocks) -> Blocks:
         """With the stages and warps of another maker's GPUs."""
