@@ -45,7 +45,9 @@ class Now:
     def empty(self, dtype: torch.dtype, *shape: int, row_bytes: int = 1) -> Tensor:
         """Memory for an array, laid out as ``Memory`` does."""
         array = Memory(SCRATCH).empty(dtype, *shape, row_bytes=row_bytes)
-        self._held.append(torch.empty_strided(array.shape, array.strides, dtype=dtype, device=self.device))
+        padded = (*shape[:-1], array.strides[-2]) if len(shape) > 1 else shape  # to the end of the last row
+        memory = torch.empty(padded, dtype=dtype, device=self.device)
+        self._held.append(memory[..., : shape[-1]] if shape else memory)
         return self._held[-1]
 
     def free(self, last: Tensor) -> None:

@@ -102,3 +102,10 @@ def test_without_the_short_way_every_launch_is_tritons_own(monkeypatch):
         launch((), (), lambd, 1.0, 0)
     assert [values for _, _, values, _ in own] == [(3, 0.1), (3, 0.2), (3, 0.3)]
     assert not stored
+
+
+def test_arrays_end_where_their_last_row_is_filled_up():
+    """The kernels write zeros there: 3 rows of 5 numbers, which begin at multiples of 128 bytes, are 384 bytes."""
+    array = triton_launch.Now(torch.empty(1)).empty(torch.float32, 3, 5, row_bytes=128)
+    assert (array.shape, array.stride()) == ((3, 5), (32, 1))
+    assert array.untyped_storage().nbytes() == 384
