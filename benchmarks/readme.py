@@ -145,7 +145,7 @@ def trainer_picture(run: dict[str, Any], name: str) -> str:
 
 
 VIEWS = {
-    **{function.__name__: function for function in (headline, summary, ratios, tables, picture)},
+    **{function.__name__: function for function in (headline, summary, ratios, tables, picture, over_d_picture)},
     **{view: _of_width(view) for view in PICTURES_OF if view.startswith("width")},
     "linear": linear.markdown,
     "linear_picture": linear_picture,

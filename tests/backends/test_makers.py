@@ -106,7 +106,7 @@ def test_who_can_run_where(gpu, hip, triton, cuda, monkeypatch):
     ("architecture", "stages", "warps", "tile", "precise", "fast"),
     [
         ("sm_80", 3, 8, 128, "tf32x3", "tf32"),
-        ("sm_90", 4, 8, 128, "tf32x3", "tf32"),
+        ("sm_90", 3, 8, 128, "tf32x3", "tf32"),
         ("gfx90a", 2, 4, 128, "ieee", "ieee"),
         ("gfx942", 2, 4, 128, "ieee", "tf32"),
         ("gfx950", 2, 4, 128, "ieee", "ieee"),
