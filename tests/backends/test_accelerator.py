@@ -75,7 +75,8 @@ def test_products_of_halves_have_float32_sums(dtype):
 
 
 def test_a_device_without_float64_sums_in_what_it_has(monkeypatch):
-    monkeypatch.setattr(accelerator, "_has_float64", lambda device_type: False)
+    about = accelerator.Accelerator("none", float64=False)
+    monkeypatch.setattr(accelerator, "of", lambda device: about)
     assert accelerator.widest(torch.zeros(1)) == torch.float32
 
 

@@ -110,7 +110,8 @@ def test_each_term_and_each_view(weights, route):
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("route", ROUTES)
 def test_a_device_without_float64(route, monkeypatch):
-    monkeypatch.setattr(accelerator, "_has_float64", lambda device_type: False)
+    about = accelerator.Accelerator("none", float64=False)
+    monkeypatch.setattr(accelerator, "of", lambda device: about)
     z_a, z_b = views(64, 1000)
     assert_close(answer(whole_loss(route=route), z_a, z_b), z_a, z_b, CONVENTIONS["batch_norm"])
 

@@ -389,7 +389,8 @@ def test_a_device_without_float64(route, monkeypatch):
     """Nothing makes a number in float64 there, and the result is as exact as float32 lets it be."""
     from tracing import Trace
 
-    monkeypatch.setattr(accelerator, "_has_float64", lambda device_type: False)
+    about = accelerator.Accelerator("none", float64=False)
+    monkeypatch.setattr(accelerator, "of", lambda device: about)
     monkeypatch.setattr(torch_partial, "for_caches", lambda device: False)
     real = passes_module.passes
     monkeypatch.setattr(
