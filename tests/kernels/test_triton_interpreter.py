@@ -70,7 +70,7 @@ def test_on_rdna_a_second_barrier_follows_each_ticket(fused, route, monkeypatch)
         barriers.append(self)
         return barrier(self, *args)
 
-    monkeypatch.setattr(Chip, "split", lambda _, n, d, itemsize, blocks: (2, -(-d // (blocks.k * 2))))
+    monkeypatch.setattr(triton_backend, "shares", functools.partial(cut_alike, 2))
     monkeypatch.setattr(InterpreterBuilder, "create_barrier", counted)
     z_a, z_b = views(33, 70)
     runs, counts = [], []
