@@ -17,6 +17,7 @@ as in triton_backend.py, whose limits (``triton_kernels/configs.py``) hold here 
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import functools
 import importlib
@@ -88,9 +89,18 @@ def why_not_here(device: torch.device) -> str | None:
     return accelerator.why_no_cuda(accelerator.of(device)) or why_no_extension() or _why_old_driver()
 
 
+@functools.cache
 def _why_old_driver() -> str | None:
-    built, driver = int(extension().cuda_version.split(".")[0]), torch._C._cuda_getDriverVersion() // 1000
-    return None if driver >= built else f"it is built with CUDA {built}, and this NVIDIA driver is of CUDA {driver}"
+    """Asked of the driver itself: PyTorch does not say in every version."""
+    built, version = int(extension().cuda_version.split(".")[0]), ctypes.c_int()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return "the extension needs NVIDIA's driver, and there is no libcuda.so.1 here"
+    driver = version.value // 1000
+    return (
+        None if driver >= built else f"the extension is built with CUDA {built}, this NVIDIA driver is of CUDA {driver}"
+    )
 
 
 class Recorder:

@@ -11,7 +11,7 @@ import torch
 from devices import ARC, H200, MAX1550, MI60, MI300X, RX7900, machine
 
 from barlow_fused import backends, doctor, plan
-from barlow_fused.backends import accelerator
+from barlow_fused.backends import accelerator, cuda_backend
 from barlow_fused.backends.triton_kernels import configs
 from barlow_fused.planning.devices import KNOWN, resolve_device
 from barlow_fused.verification import checks, verify
@@ -284,3 +284,22 @@ def test_plan_for_amds_gpus():
         assert resolve_device(None).torch_device == XPU
         with pytest.raises(ValueError, match="device='xpu:1' is not on this machine, which has 1 XPU GPUs"):
             resolve_device("xpu:1")
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"), [(13000, None), (14010, None), (12080, "of CUDA 12"), (None, "no libcuda")]
+)
+def test_a_driver_that_is_older_than_the_extension(version, reason, monkeypatch):
+    def library(name):
+        if version is None:
+            raise OSError(name)
+        return types.SimpleNamespace(cuDriverGetVersion=lambda pointer: setattr(pointer._obj, "value", version))
+
+    monkeypatch.setattr(cuda_backend.ctypes, "CDLL", library)
+    monkeypatch.setattr(cuda_backend, "extension", lambda: types.SimpleNamespace(cuda_version="13.0"))
+    cuda_backend._why_old_driver.cache_clear()
+    try:
+        found = cuda_backend._why_old_driver()
+    finally:
+        cuda_backend._why_old_driver.cache_clear()
+    assert found is None if reason is None else reason in found
