@@ -44,6 +44,8 @@ class Options:
 def check_group_options(options: Options) -> None:
     """Whether what is said about several processes is acceptable, whatever the tensors are."""
     gradient, statistics, reduce_dtype = options.gradient, options.statistics, options.reduce_dtype
+    if options.group is None and gradient is None and statistics == "global" and reduce_dtype is None:
+        return
     if gradient is not None and gradient not in GRADIENTS:
         raise ValueError(f"gradient must be {' or '.join(map(repr, GRADIENTS))}, got {gradient!r}")
     if statistics not in STATISTICS:

@@ -142,6 +142,8 @@ def resolve_backend(
     if name.startswith("auto"):
         if dtype is None or shape is None or route is None or architecture is not None:
             return "torch"  # not known well enough for a record
+        if record_of(device) is None:
+            return "torch"
         return _fastest(device, dtype, route, Cell.of(*shape))
     reason = backends.why_unusable(name, device, dtype, architecture)
     if reason is not None:

@@ -188,7 +188,7 @@ def cross_correlation(
 
 def any_dtensor(*inputs: object) -> bool:
     """Whether one of them is a DTensor, whose module not everyone has to load."""
-    return any(isinstance(x, Tensor) and hasattr(x, "device_mesh") for x in inputs)
+    return any(type(x) is not Tensor and isinstance(x, Tensor) and hasattr(x, "device_mesh") for x in inputs)
 
 
 def shards_of(options: Options) -> Shards | None:

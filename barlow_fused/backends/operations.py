@@ -12,17 +12,19 @@ function of its module, and one class that carries data between them; ``Composed
     correlate(x, lambd, scale, need_grad)          -> (terms, product)   direct route: product holds C
     input_grad(x, product, route, weights, needs)  -> (grad_a, grad_b)
 
-``x`` is what ``normalize`` returned, terms are (loss, on_diag, off_diag), and ``product`` is None or unused where
-``need_grad`` is False. ``Normalized.saved()`` is the list of tensors from which ``Normalized.from_saved`` makes it
-again in the backward pass; what is saved for it is [product, *saved].
+``x`` is what ``normalize`` returned, terms are (loss, on_diag, off_diag), tensors or numbers, and ``product`` is None
+or unused where ``need_grad`` is False. ``Normalized.saved()`` is the list of tensors from which
+``Normalized.from_saved`` makes it again in the backward pass; what is saved for it is [product, *saved].
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from types import ModuleType
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..normalization import Normalization
@@ -51,13 +53,21 @@ class Weights(NamedTuple):
 
     def of_sums(self) -> tuple[Tensor | float, Tensor | float]:
         """The gradients with respect to the two sums, on_diag and off_diag; 0.0 where nothing depends on one."""
+        g_loss, g_on, g_off, lambd, scale = self
+        if g_loss is None:
+            return 0.0 if g_on is None else g_on, 0.0 if g_off is None else g_off
+        w_on, w_off = g_loss * scale, g_loss * (scale * lambd)
+        return w_on if g_on is None else g_on + w_on, w_off if g_off is None else g_off + w_off
 
-        def joined(g: Tensor | None, factor: float) -> Tensor | float:
-            if self.g_loss is None:
-                return 0.0 if g is None else g
-            return self.g_loss * factor if g is None else g + self.g_loss * factor
 
-        return joined(self.g_on, self.scale), joined(self.g_off, self.scale * self.lambd)
+def tensor(term: Tensor | float, like: Tensor) -> Tensor:
+    """A term of the loss of such inputs: 0-d, in at least float32, infinite where that has no such number."""
+    dtype = like.dtype if like.dtype.itemsize >= 4 else torch.float32
+    if isinstance(term, Tensor):
+        return term.to(dtype)
+    if abs(term) > torch.finfo(dtype).max:
+        term = math.copysign(math.inf, term)
+    return torch.scalar_tensor(term, dtype=dtype, device=like.device)
 
 
 class Composed:
@@ -76,7 +86,8 @@ class Composed:
             x = ops.normalize(z_a, z_b, spec.normalization)
             reduce = ops.gram if spec.route == "gram" else ops.correlate
             terms, product = reduce(x, spec.lambd, spec.scale, need_grad)
-        return terms if every_term else terms[:1], [product, *x.saved()] if need_grad else []
+        terms = tuple(tensor(term, z_a) for term in (terms if every_term else terms[:1]))
+        return terms, [product, *x.saved()] if need_grad else []
 
     def backward(
         self,

@@ -26,7 +26,6 @@ NARROW_SLAB = 64  # columns, where nothing is multiplied: a few cache lines of a
 FEW_SAMPLES = 32  # at least, and one in FEW_OF, of which a first mean is taken
 FEW_OF = 16
 MEANS = 3  # times that a mean is taken, at most: the second is that of all samples, the third what rounding left of it
-KEEP_ELEMENTS = 2**17  # inputs up to this size keep what is made of them: there, calls cost more than bytes
 ONEDNN_MIN_FLOPS = 1e7  # below this, oneDNN's 20 us of set-up cost more than it saves
 ONEDNN_MAX_ROWS = math.inf if "AVX512" in torch.backends.cpu.get_cpu_capability() else 64  # above, MKL is faster
 
@@ -75,11 +74,6 @@ class Normalized:
         """Build again what ``saved`` was taken from."""
         return cls(z_a, z_b, normalization, saved[0], tuple(saved[1:]))
 
-    @property
-    def kept(self) -> Tensor | None:  # [2, N, D]
-        """Both views, standardised (Gram) or centred (direct), where they are kept."""
-        return self.stats[2] if self.stats and self.stats[2].shape[1] > 1 else None
-
 
 class Gradients:
     """dL/dz of both views, [N, D], in the inputs' dtype: what a backward pass puts together from slabs."""
@@ -111,21 +105,19 @@ class Gradients:
         return self._of_view[0], self._of_view[1]
 
 
-def _terms(x: Normalized, off_diag: Tensor | float, lambd: float, scale: float) -> BarlowTwinsTerms:
-    """The terms as tensors; up to here they are in float64."""
-    error = x.c.double() - 1
+def _terms(c: Tensor, off_diag: Tensor | float, lambd: float, scale: float) -> BarlowTwinsTerms:
+    """The terms, in float64 as c: numbers, or of tensors without data tensors."""
+    error = c - 1
     on_diag = _scalar(torch.dot(error, error))
-    terms = (scale * (on_diag + lambd * off_diag), on_diag, off_diag)
-    if isinstance(on_diag, Tensor):
-        return BarlowTwinsTerms(*(term.to(x.c.dtype) for term in terms))
-    return BarlowTwinsTerms(*(_tensor(term, x.c) for term in terms))
+    return BarlowTwinsTerms(scale * (on_diag + lambd * off_diag), on_diag, off_diag)
 
 
-def _tensor(number: float, like: Tensor) -> Tensor:
-    """A 0-d tensor of ``like``'s dtype, infinite where that has no such number; on its device, whatever the default."""
-    if abs(number) > torch.finfo(like.dtype).max:
-        number = math.copysign(math.inf, number)
-    return torch.scalar_tensor(number, dtype=like.dtype, device=like.device)
+def _terms_of_gram(x: Normalized, inner: Tensor | float, lambd: float, scale: float) -> BarlowTwinsTerms:
+    """The terms from <K_a, K_b> = N^2 ||C||^2."""
+    c = x.c.double()
+    off_diag = inner / x.z_a.shape[0] ** 2 - _scalar(torch.dot(c, c))
+    off_diag = off_diag.clamp_min(0) if isinstance(off_diag, Tensor) else max(off_diag, 0.0)  # NaN stays NaN in both
+    return _terms(c, off_diag, lambd, scale)
 
 
 def _scalar(x: Tensor) -> Tensor | float:
@@ -134,7 +126,7 @@ def _scalar(x: Tensor) -> Tensor | float:
 
 
 def _compute_dtype(z: Tensor) -> torch.dtype:
-    return torch.promote_types(z.dtype, torch.float32)
+    return z.dtype if z.dtype.itemsize >= 4 else torch.float32  # promote_types, which is an operator, takes 1 us
 
 
 def _stack(
@@ -143,8 +135,11 @@ def _stack(
     """A slab of both views, [2, rows, columns], minus ``less``, in the dtype that everything is computed in."""
     if (rows, columns) != (_ALL, _ALL):
         z_a, z_b = z_a[rows, columns], z_b[rows, columns]
+    dtype = _compute_dtype(z_a)
+    if out is None and less is None and z_a.dtype == dtype:
+        return torch.stack((z_a, z_b))
     if out is None or out.shape[1:] != z_a.shape:
-        out = z_a.new_empty(2, *z_a.shape, dtype=_compute_dtype(z_a))
+        out = z_a.new_empty(2, *z_a.shape, dtype=dtype)
     if less is None:
         return torch.stack((z_a, z_b), out=out)
     for z, mean, centred in zip((z_a, z_b), less.unbind(), out.unbind(), strict=True):
@@ -214,12 +209,12 @@ def _cut(per_feature: Tensor, columns: slice) -> Tensor:
 
 
 def _by_onednn(x: Tensor, y: Tensor) -> bool:
-    """Whether oneDNN multiplies x @ y.T fastest."""
-    large = 2 * x.shape[0] * x.shape[1] * y.shape[0] > ONEDNN_MIN_FLOPS
+    """Whether oneDNN multiplies x @ y.T fastest, of matrices or of batches, one after the other."""
+    rows, inner = x.shape[-2:]
     return (
-        large
+        2 * rows * inner * y.shape[-2] > ONEDNN_MIN_FLOPS
         and x.device.type == "cpu"
-        and x.shape[0] <= ONEDNN_MAX_ROWS
+        and rows <= ONEDNN_MAX_ROWS
         and x.dtype == torch.float32
         and _ONEDNN is not None
     )

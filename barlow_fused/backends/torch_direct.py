@@ -1,7 +1,8 @@
 """The direct route for CPUs: C, and its gradient, by three products and as few passes over the inputs as possible.
 
-Views are centred but never scaled: what is one number for each feature goes into the (D, D) matrices. With A and B
-centred, r their features' rstd, and C0 the correlation matrix with its diagonal set to 0,
+Inputs are walked over in slabs of rows; torch_small.py keeps what is small. Views are centred but never scaled: what is
+one number for each feature goes into the (D, D) matrices. With A and B centred, r their features' rstd, and C0 the
+correlation matrix with its diagonal set to 0,
 
     C0     = r_a (A^T B) r_b / N                         off the diagonal
     grad_a = B G^T + A * of_a                            G = r_a (alpha C0 + d I) r_b,   of_a = -kappa_a r_a^2 m_a
@@ -19,7 +20,6 @@ from torch import Tensor
 from ..reference import BarlowTwinsTerms
 from .slabs import (
     _ALL,
-    KEEP_ELEMENTS,
     MEANS,
     Normalized,
     _by_onednn,
@@ -34,10 +34,8 @@ from .slabs import (
     without_rest,
 )
 
-KEEP_TALL = 2**21  # inputs up to this size keep their centred views: making them again takes another pass
 
-
-def correlate(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[BarlowTwinsTerms, Tensor]:
+def correlate(x: Normalized, lambd: float, scale: float) -> tuple[BarlowTwinsTerms, Tensor]:
     """The terms, and C with its diagonal set to 0, (D, D). 2 N D^2 FLOPs, in one pass over slabs of rows.
 
     Rows are first centred by the mean of a few of them, and what is left of the mean is taken off the sums. If that is
@@ -45,61 +43,50 @@ def correlate(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tup
     """
     n = x.z_a.shape[0]
     if x.normalization is None:
-        c, moments, *_ = _sums(x, None)
+        c, moments, _ = _sums(x, None)
         x.c = moments[2, 0].clone()  # torch.compile wants results that begin where their memory does
-        return _terms_of(x, c.mul_(1 / n), lambd, scale)[0], c
+        return terms_of(x, c.mul_(1 / n), lambd, scale)[0], c
     shift = x.few_means(out=x.z_a.new_empty(2, 1, x.z_a.shape[1], dtype=_compute_dtype(x.z_a)))
     for again in reversed(range(MEANS)):
-        c = kept = None  # room for the next
-        c, moments, rest, kept = _sums(x, shift)
+        c = None  # room for the next
+        c, moments, rest = _sums(x, shift)
         if not without_rest(moments, rest, out=moments[:2]) or x.made or not again:
             break
         shift += rest
     c.addr_(rest[0, 0], rest[1, 0], alpha=-n)
-    first = kept
-    if kept is None:
-        first = shift + rest  # the mean, rounded
-        rest = rest - (first - shift)
-    var, cross = moments[:2], moments[2, 0]
+    mean = shift + rest  # rounded
+    rest = rest - (mean - shift)
+    var, cross = moments[:2, 0], moments[2, 0]
     rstd = x.normalization.rstd(var, n)
-    rstd_a, rstd_b = rstd.squeeze(1).unbind()
+    rstd_a, rstd_b = rstd.unbind()
     x.c = (cross * rstd_a).mul_(rstd_b)
-    terms, squares = _terms_of(x, c.mul_((rstd_a / n)[:, None]).mul_(rstd_b), lambd, scale)
-    x.stats = (rstd, var, first, rest, squares)
+    terms, squares = terms_of(x, c.mul_((rstd_a / n)[:, None]).mul_(rstd_b), lambd, scale)
+    x.stats = (rstd, var, mean, rest, squares)
     return terms, c
 
 
 def empty_stats(z: Tensor) -> list[Tensor]:
-    """Empty tensors of the shapes and dtypes of ``stats`` after the variance: what is centred by a first mean and kept,
-    or the mean; what is left of the mean; C0's squares, summed by row and column.
+    """Empty tensors of the shapes and dtypes of ``stats``: rstd; variance; the mean, rounded, and what is left of it;
+    C0's squares, summed by row and column.
     """
-    n, d = z.shape
-    first = (2, n if keeps(n * d, z.dtype) else 1, d)
-    return [z.new_empty(shape, dtype=_compute_dtype(z)) for shape in (first, (2, 1, d), (2, d))]
+    d = z.shape[1]
+    return [z.new_empty(shape, dtype=_compute_dtype(z)) for shape in [(2, d)] * 2 + [(2, 1, d)] * 2 + [(2, d)]]
 
 
-def _sums(x: Normalized, shift: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Of A and B, the views less ``shift``: A^T B; means of a a, b b and a b, [3, 1, D]; means; and A and B if kept.
+def _sums(x: Normalized, shift: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Of A and B, the views less ``shift``: A^T B; means of a a, b b and a b, [3, 1, D]; means, [2, 1, D].
 
     The diagonal a b is summed by itself: where C_ii is close to 1 the gradient is a small difference, for which the
     product's sums over N samples are not exact enough.
     """
     n, d = x.z_a.shape
-    kept = None
-    if shift is not None and not x.made and keeps(n * d, x.z_a.dtype):
-        kept = shift.new_empty(2, n, d)
     product = rest = moments = room = None
-    for rows in _slabs(n, d) if kept is None else [_ALL]:
+    for rows in _slabs(n, d):
         height, parts = len(range(n)[rows]), list(_narrow(rows, n, d))
         squares = 3 * d * len(range(height)[parts[0][1]])
         if room is None:  # one for all: malloc gives several back to the system
-            own = 2 * d * height if kept is None and not x.made else 0
-            room = x.z_a.new_empty(squares + own, dtype=_compute_dtype(x.z_a))
-        slab = kept
-        if x.made:
-            slab = x.slab(rows, _ALL)
-        elif kept is None:
-            slab = _view(room[squares:], 2, height, d)
+            room = x.z_a.new_empty(squares + (0 if x.made else 2 * d * height), dtype=_compute_dtype(x.z_a))
+        slab = x.slab(rows, _ALL) if x.made else _view(room[squares:], 2, height, d)
         for here, part in parts:
             views = slab[:, part]
             if not x.made:
@@ -107,29 +94,17 @@ def _sums(x: Normalized, shift: Tensor | None) -> tuple[Tensor, Tensor, Tensor, 
             of_part = sums_of(views, _view(room, 3, views.shape[1], d))
             rest, moments = _add(rest, of_part[0]), _add(moments, of_part[1])
         product = _add_product(product, slab)
-    return product, moments.div_(n), rest.div_(n), kept
+    return product, moments.div_(n), rest.div_(n)
 
 
-def _terms_of(x: Normalized, c: Tensor, lambd: float, scale: float) -> tuple[BarlowTwinsTerms, Tensor]:  # [], [2, D]
+def terms_of(x: Normalized, c: Tensor, lambd: float, scale: float) -> tuple[BarlowTwinsTerms, Tensor]:  # [], [2, D]
     """The terms from C, whose diagonal is set to 0, and the sums of its rows' and its columns' squares."""
     squares = c.new_empty(2, c.shape[0])
     square = c.fill_diagonal_(0) * c
     of_rows, of_columns = squares.unbind()
     torch.sum(square, 1, out=of_rows)
     torch.sum(square, 0, out=of_columns)
-    return _terms(x, _scalar(of_rows.sum(dtype=torch.float64)), lambd, scale), squares
-
-
-def keeps(elements: int, dtype: torch.dtype) -> bool:
-    """Whether the centred views are kept. Those of inputs in half precision take twice the inputs' room."""
-    return elements <= (KEEP_TALL if dtype.itemsize >= 4 else KEEP_ELEMENTS)
-
-
-def _centred(x: Normalized, rows: slice, out: Tensor | None) -> Tensor:  # [2, rows, D]
-    """Some samples of both views, less the mean as it was rounded."""
-    if x.kept is not None:
-        return x.kept[:, rows]
-    return x.slab(rows, _ALL, less=x.stats[2] if x.stats else None, out=out)
+    return _terms(x.c.double(), _scalar(of_rows.sum(dtype=torch.float64)), lambd, scale), squares
 
 
 def _add(total: Tensor | None, part: Tensor) -> Tensor:
@@ -142,32 +117,38 @@ def _add_product(product: Tensor | None, slab: Tensor) -> Tensor:  # [D, D], [2,
     return torch.mm(a.T, b) if product is None else torch.addmm(product, a.T, b, out=product)
 
 
+def factors(x: Normalized, c: Tensor, alpha: Tensor | float, d: Tensor) -> tuple[Tensor, Tensor | None]:
+    """G, [D, D], and ``of_a`` and ``of_b``, [2, D], which are None where nothing is standardised."""
+    if x.normalization is None:
+        g = c * alpha
+        g.diagonal().copy_(d)
+        return g, None
+    rstd, var, *_, squares = x.stats
+    rstd_a, rstd_b = rstd.unbind()
+    g = (c * (rstd_a * alpha)[:, None]).mul_(rstd_b)
+    g.diagonal().copy_((rstd_a * d).mul_(rstd_b))
+    m = (squares * alpha).add_(d * x.c)
+    return g, m.mul_(rstd).mul_(rstd).mul_(-x.normalization.kappa(var, x.z_a.shape[0]))
+
+
 def input_grad(
     x: Normalized, c: Tensor, alpha: Tensor | float, d: Tensor, views: list[int]
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients by the formulas above, of the views that ``views`` names; 2 N D^2 FLOPs each."""
     n, features = x.z_a.shape
-    slabs = list(_slabs(n, features))
-    blocks = slabs if x.kept is None else [_ALL]
-    constant = [None, None]  # what the rounded means make of the gradient, to be taken off
-    if x.normalization is None:
-        g = c * alpha
-        g.diagonal().copy_(d)
-    else:
-        rstd, var, _, rest, squares = x.stats
-        rstd_a, rstd_b = rstd.squeeze(1).unbind()
-        g = (c * (rstd_a * alpha)[:, None]).mul_(rstd_b)
-        g.diagonal().copy_((rstd_a * d).mul_(rstd_b))
-        of_own = (rstd * rstd).mul_(-x.normalization.kappa(var, n))
-        of_own *= (squares * alpha).add_(d * x.c)[:, None]
+    blocks = list(_slabs(n, features))
+    g, of_own = factors(x, c, alpha, d)
+    mean, constant = None, [None, None]  # what the rounded means make of the gradient, to be taken off
+    if of_own is not None:
+        _, _, mean, rest, _ = x.stats
         for view in views:
             of_rest = torch.addmm(rest[view] * of_own[view], rest[1 - view], g if view else g.T)
             constant[view] = of_rest.neg_()[0]
     grads = x.gradients(views, whole=len(blocks) == 1)
     slab = None
     for rows in blocks:
-        slab = _centred(x, rows, out=slab)
-        added = x.normalization is not None and not _by_onednn(slab[0], g)
+        slab = x.slab(rows, _ALL, less=mean, out=slab)
+        added = of_own is not None and not _by_onednn(slab[0], g)
         for view in views:
             own, other, right = slab[view], slab[1 - view], g if view else g.T
             out = grads.room(view, (rows, _ALL), own.dtype)
@@ -176,7 +157,7 @@ def input_grad(
                 p.addmm_(other, right)
             else:
                 p = _matmul_t(other, right.T, x.z_a.dtype, constant[view])
-                if x.normalization is not None:
+                if of_own is not None:
                     p = torch.addcmul(p, own, of_own[view], out=p if out is None else out)
                 elif out is not None:
                     p = out.copy_(p)

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import torch_slabs
+from ..backends import torch_direct, torch_slabs
 from ..backends.accelerator import without_autocast
-from ..backends.operations import Spec, Weights
+from ..backends.operations import Spec, Weights, tensor
 from ..backends.slabs import _ALL, Gradients, Normalized, _compute_dtype, _matmul_t, _slabs
 from ..normalization import Normalization
 
@@ -36,7 +36,8 @@ class Passes:
             x = _last_layer(h_a, h_b, weight, spec)
             reduce = torch_slabs.gram if spec.route == "gram" else torch_slabs.correlate
             terms, product = reduce(x, spec.lambd, spec.scale, need_grad)
-        return terms if every_term else terms[:1], [product, *x.saved()] if need_grad else []
+        terms = tuple(tensor(term, h_a) for term in (terms if every_term else terms[:1]))
+        return terms, [product, *x.saved()] if need_grad else []
 
     def backward(
         self,
@@ -64,8 +65,8 @@ class Passes:
         c = h_a.new_empty(d, dtype=_compute_dtype(h_a))
         saved = [c.new_empty((2, n, n) if route == "gram" else (d, d)), c]
         if normalization is not None:
-            saved += [c.new_empty(2, 1, d) for _ in range(4)]
-            saved += [c.new_empty(2, d)] if route == "direct" else []
+            gram = [c.new_empty(2, 1, d) for _ in range(4)]
+            saved += gram if route == "gram" else torch_direct.empty_stats(h_a.new_empty(n, d))
         return saved
 
 

@@ -17,7 +17,7 @@ import dataclasses
 import torch
 
 from ..backends import slabs as cpu_slabs
-from ..backends import torch_direct, torch_whole
+from ..backends import torch_small, torch_whole
 from ..backends.triton_kernels import configs
 from ..backends.triton_kernels.shares import shares
 from ..normalization import Normalization
@@ -91,8 +91,31 @@ class Problem:
 
 
 def torch_cost(p: Problem) -> Cost:
-    """The torch backend: slabs on CPUs and, over several ranks, everywhere; else whole matrices."""
-    return _slabs_cost(p) if p.device.type == "cpu" or p.world_size > 1 else _whole_cost(p)
+    """The torch backend: slabs on CPUs and, over several ranks, everywhere; else whole matrices, as of small inputs."""
+    if p.device.type != "cpu" and p.world_size == 1:
+        return _whole_cost(p)
+    return _small_cost(p) if p.world_size == 1 and torch_small.keeps(p.n, p.d, p.dtype) else _slabs_cost(p)
+
+
+def _small_cost(p: Problem) -> Cost:
+    """Small inputs on CPUs keep both views, centred, and make arrays of that size of them (torch_small.py)."""
+    n, d = p.n, p.d
+    size, in_size = p.compute_dtype.itemsize, p.dtype.itemsize
+    views, gradients = 2 * n * d * size, 2 * n * d * in_size
+    of_half = views // 2 if in_size < size else 0  # a view's gradient before it is rounded
+    if p.route == "gram":
+        product = 2 * n * n * size
+        forward = max(views * 3 // 2, views + product, product + 2 * n * n * 8)  # squares and a b; K; K in float64
+        backward = product + views + max(product - gradients, views - gradients, of_half)  # K exchanged; A_hat * P; ...
+        passes = 12  # over K: its diagonal, divided, in float64, exchanged, multiplied
+    else:
+        product = d * d * size
+        forward = max(views, 2 * product)  # squares; C and its squares
+        backward = 2 * product + of_half  # C and G
+        passes = 20
+    peak = 20 * d * size + views + max(forward - gradients, backward)
+    bytes_moved = _traffic(gradients, 8, at_least=6) + _traffic(views, 30) + _traffic(product, passes)
+    return _cost(p, p.flops, bytes_moved, peak, p.product_dtype)
 
 
 def _whole_cost(p: Problem) -> Cost:
@@ -163,12 +186,12 @@ def _slabs_cost(p: Problem) -> Cost:
         product_passes = 12 + 6 * slabs
     else:
         product = d * d * size
-        keeps = torch_direct.keeps(n * d, p.dtype)
-        kept, slab, slabs = (2 * n * d * size, 0, 1) if keeps else (0, of_rows, -(-2 * n * d * size // of_rows))
+        slabs = -(-2 * n * d * size // of_rows)
         # C, its square or a slab's product; a slab, and three views' products of a part of it
-        forward = kept + product + slab + max(product, _slab_bytes(n, d, size, cpu_slabs.NARROW_SLAB) * 3 // 2)
+        squares = _slab_bytes(n, d, size, cpu_slabs.NARROW_SLAB) * 3 // 2
+        forward = product + of_rows + max(product, squares)
         # C and G; a slab, and one view's P where it is not multiplied into the gradient
-        backward = kept + 2 * product + slab + (slab // 2 if size == 4 else 0)
+        backward = 2 * product + of_rows + (of_rows // 2 if size == 4 else 0)
         # Passes over C: scaled 4, squared and summed 6, G made of it 4; each slab's product is written, read and added
         # to C, and in the backward pass reads G for each view.
         product_passes = 14 + 6 * slabs

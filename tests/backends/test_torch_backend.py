@@ -1,4 +1,4 @@
-"""The torch backend, in both of its shapes, against the float64 oracle: every route, dtype, convention and size."""
+"""The torch backend, in each of its shapes, against the float64 oracle: every route, dtype, convention and size."""
 
 import functools
 import importlib
@@ -22,14 +22,16 @@ from cases import (
 )
 
 from barlow_fused import backends, barlow_twins_loss
-from barlow_fused.backends import torch_slabs
+from barlow_fused.backends import torch_small
 
 
-@pytest.fixture(params=["slabs", "whole"], autouse=True)
+@pytest.fixture(params=["small", "slabs", "whole"], autouse=True)
 def shape(request, monkeypatch):
-    """The shape for CPUs, and the one for accelerators: it does not care about the device."""
-    module = importlib.import_module(f"barlow_fused.backends.torch_{request.param}")
+    """The two for CPUs, whatever the size, and the one for accelerators: it does not care about the device."""
+    module = importlib.import_module(f"barlow_fused.backends.torch_{'whole' if request.param == 'whole' else 'slabs'}")
     monkeypatch.setattr(backends, "load", lambda name, device: module)
+    for limit in ("KEEP_ELEMENTS", "KEEP_HALVES"):
+        monkeypatch.setattr(torch_small, limit, 1e18 if request.param == "small" else 0)
     return request.param
 
 
@@ -117,7 +119,6 @@ def test_gradcheck(n, d, normalization, route):
 @pytest.mark.parametrize(("n", "d"), [(300, 2500), (1500, 300), (2100, 1030)])
 def test_several_slabs_and_panels(n, d, dtype, route):
     """Sizes that cut the inputs into several slabs, and K into several panels, none of them whole."""
-    assert n * d > torch_slabs.KEEP_ELEMENTS
     z_a, z_b = views(n, d, dtype)
     got, ref = answer(torch_loss(route=route), z_a, z_b), oracle(z_a, z_b)
     amplified = 1 + 1e3 * (route == "gram" and 2 * n > d)

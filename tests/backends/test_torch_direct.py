@@ -1,4 +1,4 @@
-"""The torch backend's direct route on CPUs, over several slabs of rows: whatever it keeps, the answer is the same."""
+"""The torch backend's direct route on CPUs, over several slabs of rows, or kept whole: the answer is the same."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import torch
 from cases import NORMALIZATIONS, answer, assert_close, views
 
 from barlow_fused import barlow_twins_loss
-from barlow_fused.backends import slabs, torch_direct
+from barlow_fused.backends import slabs, torch_small
 
 N, D = 6000, 130
 
 
 @pytest.fixture(params=[0, 1e18], ids=["made again", "kept"], autouse=True)
 def keep(request, monkeypatch):
-    monkeypatch.setattr(torch_direct, "KEEP_TALL", request.param)
+    monkeypatch.setattr(torch_small, "KEEP_ELEMENTS", request.param)
+    monkeypatch.setattr(torch_small, "KEEP_HALVES", request.param)
 
 
 def check(z_a, z_b, normalization="batch_norm"):
