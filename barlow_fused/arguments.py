@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -77,6 +78,19 @@ def check_inputs(
     min_features: int = 1,
 ) -> None:
     """Two views' projector outputs, (N, D), or activations, (N, H), of one shape, dtype and device."""
+    if type(z_a) is type(z_b) is Tensor and not (z_a.is_nested or z_b.is_nested):  # what is right, soon
+        shape, dtype = z_a.shape, z_a.dtype
+        if (
+            shape == z_b.shape
+            and len(shape) == 2
+            and shape[0] >= min_samples
+            and shape[1] >= min_features
+            and dtype is z_b.dtype
+            and dtype in DTYPES
+            and z_a.layout is z_b.layout is torch.strided
+            and z_a.device == z_b.device
+        ):
+            return
     for name, z in zip(names, (z_a, z_b), strict=True):
         if not isinstance(z, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(z).__name__}")
@@ -125,4 +139,6 @@ def check_weight(weight: Tensor, h: Tensor, min_features: int = 1) -> None:
 
 def finite(name: str, value: float) -> float:
     """A finite number, as a float. Where a call is compiled it may be a symbol, whose value the operators check."""
+    if type(value) is float and -math.inf < value < math.inf:
+        return value
     return value if torch.compiler.is_compiling() else scalars.finite(name, value)

@@ -321,7 +321,10 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
     """Operations that choose their own precision: autocast must not change it inside them."""
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
+    return _AS_IT_IS
+
+
+_AS_IT_IS = contextlib.nullcontext()
 
 
 def widest(x: Tensor) -> torch.dtype:

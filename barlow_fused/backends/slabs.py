@@ -135,11 +135,8 @@ def _stack(
     """A slab of both views, [2, rows, columns], minus ``less``, in the dtype that everything is computed in."""
     if (rows, columns) != (_ALL, _ALL):
         z_a, z_b = z_a[rows, columns], z_b[rows, columns]
-    dtype = _compute_dtype(z_a)
-    if out is None and less is None and z_a.dtype == dtype:
-        return torch.stack((z_a, z_b))
     if out is None or out.shape[1:] != z_a.shape:
-        out = z_a.new_empty(2, *z_a.shape, dtype=dtype)
+        out = z_a.new_empty(2, *z_a.shape, dtype=_compute_dtype(z_a))
     if less is None:
         return torch.stack((z_a, z_b), out=out)
     for z, mean, centred in zip((z_a, z_b), less.unbind(), out.unbind(), strict=True):

@@ -56,9 +56,9 @@ def correlate(x: Normalized, lambd: float, scale: float) -> tuple[BarlowTwinsTer
     c.addr_(rest[0, 0], rest[1, 0], alpha=-n)
     mean = shift + rest  # rounded
     rest = rest - (mean - shift)
-    var, cross = moments[:2, 0], moments[2, 0]
+    var, cross = moments[:2], moments[2, 0]
     rstd = x.normalization.rstd(var, n)
-    rstd_a, rstd_b = rstd.unbind()
+    rstd_a, rstd_b = rstd.squeeze(1).unbind()
     x.c = (cross * rstd_a).mul_(rstd_b)
     terms, squares = terms_of(x, c.mul_((rstd_a / n)[:, None]).mul_(rstd_b), lambd, scale)
     x.stats = (rstd, var, mean, rest, squares)
@@ -70,7 +70,7 @@ def empty_stats(z: Tensor) -> list[Tensor]:
     C0's squares, summed by row and column.
     """
     d = z.shape[1]
-    return [z.new_empty(shape, dtype=_compute_dtype(z)) for shape in [(2, d)] * 2 + [(2, 1, d)] * 2 + [(2, d)]]
+    return [z.new_empty(shape, dtype=_compute_dtype(z)) for shape in [(2, 1, d)] * 4 + [(2, d)]]
 
 
 def _sums(x: Normalized, shift: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,12 +99,10 @@ def _sums(x: Normalized, shift: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
 
 def terms_of(x: Normalized, c: Tensor, lambd: float, scale: float) -> tuple[BarlowTwinsTerms, Tensor]:  # [], [2, D]
     """The terms from C, whose diagonal is set to 0, and the sums of its rows' and its columns' squares."""
-    squares = c.new_empty(2, c.shape[0])
     square = c.fill_diagonal_(0) * c
-    of_rows, of_columns = squares.unbind()
-    torch.sum(square, 1, out=of_rows)
-    torch.sum(square, 0, out=of_columns)
-    return _terms(x.c.double(), _scalar(of_rows.sum(dtype=torch.float64)), lambd, scale), squares
+    of_rows = square.sum(1)
+    off_diag = _scalar(of_rows.sum(dtype=torch.float64))
+    return _terms(x.c.double(), off_diag, lambd, scale), torch.stack((of_rows, square.sum(0)))
 
 
 def _add(total: Tensor | None, part: Tensor) -> Tensor:
@@ -117,30 +115,23 @@ def _add_product(product: Tensor | None, slab: Tensor) -> Tensor:  # [D, D], [2,
     return torch.mm(a.T, b) if product is None else torch.addmm(product, a.T, b, out=product)
 
 
-def factors(x: Normalized, c: Tensor, alpha: Tensor | float, d: Tensor) -> tuple[Tensor, Tensor | None]:
-    """G, [D, D], and ``of_a`` and ``of_b``, [2, D], which are None where nothing is standardised."""
-    if x.normalization is None:
-        g = c * alpha
-        g.diagonal().copy_(d)
-        return g, None
-    rstd, var, *_, squares = x.stats
-    rstd_a, rstd_b = rstd.unbind()
-    g = (c * (rstd_a * alpha)[:, None]).mul_(rstd_b)
-    g.diagonal().copy_((rstd_a * d).mul_(rstd_b))
-    m = (squares * alpha).add_(d * x.c)
-    return g, m.mul_(rstd).mul_(rstd).mul_(-x.normalization.kappa(var, x.z_a.shape[0]))
-
-
 def input_grad(
     x: Normalized, c: Tensor, alpha: Tensor | float, d: Tensor, views: list[int]
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients by the formulas above, of the views that ``views`` names; 2 N D^2 FLOPs each."""
     n, features = x.z_a.shape
     blocks = list(_slabs(n, features))
-    g, of_own = factors(x, c, alpha, d)
     mean, constant = None, [None, None]  # what the rounded means make of the gradient, to be taken off
-    if of_own is not None:
-        _, _, mean, rest, _ = x.stats
+    if x.normalization is None:
+        g, of_own = c * alpha, None
+        g.diagonal().copy_(d)
+    else:
+        rstd, var, mean, rest, squares = x.stats
+        rstd_a, rstd_b = rstd.squeeze(1).unbind()
+        g = (c * (rstd_a * alpha)[:, None]).mul_(rstd_b)
+        g.diagonal().copy_((rstd_a * d).mul_(rstd_b))
+        of_own = (rstd * rstd).mul_(-x.normalization.kappa(var, n))
+        of_own *= (squares * alpha).add_(d * x.c)[:, None]
         for view in views:
             of_rest = torch.addmm(rest[view] * of_own[view], rest[1 - view], g if view else g.T)
             constant[view] = of_rest.neg_()[0]

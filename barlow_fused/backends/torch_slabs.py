@@ -166,8 +166,8 @@ def input_grad(
     grad_a = rstd_a * (alpha * P + d * B_hat - kappa_a * m * A_hat),   m = mean_n(A_hat * (alpha * P + d * B_hat))
     """
     g_loss, g_on, g_off, lambd, scale = weights
-    numbers = (None if g is None else _scalar(g) for g in (g_loss, g_on, g_off))
-    w_on, w_off = Weights(*numbers, lambd, scale).of_sums()
+    g_loss, g_on, g_off = _number(g_loss), _number(g_on), _number(g_off)
+    w_on, w_off = Weights(g_loss, g_on, g_off, lambd, scale).of_sums()
     n = x.z_a.shape[0]
     alpha = w_off * (2 / n)
     d = (x.c - 1).mul_(w_on * (2 / n))
@@ -177,6 +177,10 @@ def input_grad(
     else:
         grad = _gram_grad if route == "gram" else torch_direct.input_grad
     return grad(x, product, alpha, d, views)
+
+
+def _number(g: Tensor | None) -> Tensor | float | None:
+    return None if g is None else _scalar(g)
 
 
 def _gram_grad(

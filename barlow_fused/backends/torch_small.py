@@ -48,15 +48,27 @@ def empty_stats(z: Tensor, route: str) -> list[Tensor]:
     route C0's squares, summed by row and column.
     """
     n, d = z.shape
-    shapes = [(2, 1, d), (2, 1, d), (2, n, d)] if route == "gram" else [(2, d), (2, d), (2, n, d), (2, d)]
+    shapes = [(2, 1, d), (2, 1, d), (2, n, d)] + ([] if route == "gram" else [(2, 1, d)])
     return [z.new_empty(shape, dtype=_compute_dtype(z)) for shape in shapes]
 
 
-def _views(x: Normalized) -> Tensor:  # [2, N, D]
-    """Both views, centred where they are standardised: rounding leaves 1e-7 of a mean, and nothing of what it left."""
-    views = _stack(x.z_a, x.z_b, _ALL, _ALL)
-    for _ in range(0 if x.normalization is None else 2):
-        _centre(views)
+def _standardise(x: Normalized) -> Tensor:  # [2, N, D]
+    """A_hat and B_hat, or the inputs as they are. Sets the statistics and c."""
+    if x.normalization is None:
+        views = _stack(x.z_a, x.z_b, _ALL, _ALL)
+    else:
+        n = x.z_a.shape[0]
+        views = x.z_a.new_empty(2, *x.z_a.shape, dtype=_compute_dtype(x.z_a))
+        for z, view in zip((x.z_a, x.z_b), views.unbind(), strict=True):
+            torch.sub(z, z.sum(0, dtype=view.dtype), alpha=1 / n, out=view)
+        var = _variance(_centre(views))  # rounding left 1e-7 of the means, and leaves nothing of that
+        smallest = _scalar(var.min())
+        if type(smallest) is float and smallest < CONSTANT:
+            var = _variance(_centre(views))
+        rstd = x.normalization.rstd(var, n)
+        x.stats = (rstd, var, views.mul_(rstd))
+    a, b = views.unbind()
+    x.c = (a * b).mean(0)
     return views
 
 
@@ -64,15 +76,8 @@ def _centre(views: Tensor) -> Tensor:
     return views.sub_(views.sum(1, keepdim=True), alpha=1 / views.shape[1])
 
 
-def _squares(views: Tensor) -> tuple[Tensor, Tensor]:
-    """The centred views' squares, [2, N, D], and their means, [2, 1, D]."""
-    squares = views * views
-    var = squares.sum(1, keepdim=True).div_(views.shape[1])
-    smallest = _scalar(var.min())
-    if type(smallest) is float and smallest < CONSTANT:
-        squares = _centre(views).square()
-        var = squares.sum(1, keepdim=True).div_(views.shape[1])
-    return squares, var
+def _variance(views: Tensor) -> Tensor:  # [2, 1, D]
+    return (views * views).mean(1, keepdim=True)
 
 
 # -- the Gram route --
@@ -80,27 +85,18 @@ def _squares(views: Tensor) -> tuple[Tensor, Tensor]:
 
 def gram(x: Normalized, lambd: float, scale: float) -> tuple[BarlowTwinsTerms, Tensor]:
     """The terms, and K_a / D and K_b / D less their bulk (bulk.py), stacked, (2, N, N). 4 N^2 D FLOPs."""
-    n, d = x.z_a.shape
-    views = _views(x)
-    a, b = views.unbind()
-    if x.normalization is None:
-        x.c = (a * b).sum(0).div_(n)
-        k, diagonal = _products(views, views), views.square().sum(2)
+    d = x.z_a.shape[1]
+    views = _standardise(x)
+    squares = views * views
+    if bulk.is_left_out(x):
+        rstd, var, _ = x.stats
+        power = (var * rstd).mul_(rstd)
+        squares -= power
+        k = _products_less_bulk(views, power)
     else:
-        squares, var = _squares(views)
-        rstd = x.normalization.rstd(var, n)
-        rstd_a, rstd_b = rstd.view(2, d).unbind()
-        x.c = (a * b).sum(0).div_(n).mul_(rstd_a).mul_(rstd_b)
-        x.stats = (rstd, var, views.mul_(rstd))
-        square = rstd * rstd
-        if bulk.is_left_out(x):
-            squares -= var
-            k = _products_less_bulk(views, var * square)
-        else:
-            k = _products(views, views)
-        diagonal = squares.mul_(square).sum(2)
-        del squares  # room for what follows
-    k.diagonal(dim1=1, dim2=2).copy_(diagonal)  # a product may round all of its terms to one side
+        k = _products(views, views)
+    k.diagonal(dim1=1, dim2=2).copy_(squares.sum(2))  # a product may round all of its terms to one side
+    del squares  # room for what follows
     k /= d
     k_a, k_b = k.double().view(2, -1).unbind()
     inner = _scalar(torch.dot(k_a, k_b)) + bulk.inner(x)
@@ -133,19 +129,18 @@ def gram_grad(
     if x.normalization is None:
         x_hat = _stack(x.z_a, x.z_b, _ALL, _ALL)
         p = _products(k.flip(0), x_hat.mT).mul_(alpha)
-        of_other, of_own = d.expand(2, -1), None
+        of_other, of_own = (d, d), (None, None)
     else:
         rstd, var, x_hat = x.stats
         p = _products(k.flip(0), x_hat.mT)
         of_p, of_other = rstd * alpha, rstd * d
-        of_own = (
-            (x_hat * p).mean(1, keepdim=True).mul_(of_p).addcmul_(of_other, x.c).mul_(-x.normalization.kappa(var, n))
-        )
+        of_own = (x_hat * p).mean(1, keepdim=True).mul_(of_p).addcmul_(of_other, x.c)
+        of_own *= -x.normalization.kappa(var, n)
         if bulk.is_left_out(x):
             of_own += bulk.of_own(x, of_p)
         p *= of_p
-    p, x_hat, of_other = p.unbind(), x_hat.unbind(), of_other.unbind()
-    of_own = (None, None) if of_own is None else of_own.unbind()
+        of_other, of_own = of_other.unbind(), of_own.unbind()
+    p, x_hat = p.unbind(), x_hat.unbind()
     grads: list[Tensor | None] = [None, None]
     for view in views:
         grad = torch.addcmul(p[view], x_hat[1 - view], of_other[view])
@@ -155,39 +150,39 @@ def gram_grad(
     return grads[0], grads[1]
 
 
-# -- the direct route, whose formulas torch_direct.py has --
+# -- the direct route --
 
 
 def correlate(x: Normalized, lambd: float, scale: float) -> tuple[BarlowTwinsTerms, Tensor]:
     """The terms, and C with its diagonal set to 0, (D, D). 2 N D^2 FLOPs."""
-    n = x.z_a.shape[0]
-    views = _views(x)
-    a, b = views.unbind()
-    if x.normalization is None:
-        x.c = (a * b).sum(0).div_(n)
-        c = torch.mm(a.T, b).div_(n)
-        return torch_direct.terms_of(x, c, lambd, scale)[0], c
-    var = _squares(views)[1].squeeze(1)
-    rstd = x.normalization.rstd(var, n)
-    rstd_a, rstd_b = rstd.unbind()
-    rstd_a = rstd_a / n
-    x.c = (a * b).sum(0).mul_(rstd_a).mul_(rstd_b)
-    c = torch.mm(a.T, b).mul_(rstd_a[:, None]).mul_(rstd_b)
+    a, b = _standardise(x).unbind()
+    c = torch.mm(a.T, b).div_(x.z_a.shape[0])
     terms, squares = torch_direct.terms_of(x, c, lambd, scale)
-    x.stats = (rstd, var, views, squares)
+    if x.normalization is not None:
+        x.stats += (squares.view(2, 1, -1),)
     return terms, c
 
 
 def direct_grad(
     x: Normalized, c: Tensor, alpha: Tensor | float, d: Tensor, views: list[int]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients, 2 N D^2 FLOPs each."""
-    g, of_own = torch_direct.factors(x, c, alpha, d)
-    kept = (_stack(x.z_a, x.z_b, _ALL, _ALL) if of_own is None else x.stats[2]).unbind()
-    of_own = (None, None) if of_own is None else of_own.unbind()
+    """The gradients (torch_slabs.input_grad), 2 N D^2 FLOPs each. rstd is in the (D, D) matrix, and mean_n(A_hat * P) =
+    sum_j C_ij C_ij.
+    """
+    g = c * alpha
+    g.diagonal().copy_(d)
+    if x.normalization is None:
+        x_hat, of_own, of_p = _stack(x.z_a, x.z_b, _ALL, _ALL), (None, None), (g.T, g)
+    else:
+        rstd, var, x_hat, squares = x.stats
+        m = (squares * alpha).addcmul_(d, x.c)
+        of_own = m.mul_(rstd).mul_(-x.normalization.kappa(var, x.z_a.shape[0]))
+        rstd_a, rstd_b = rstd.unbind()
+        of_own, of_p = of_own.unbind(), (g.T * rstd_a, g * rstd_b)
+    x_hat = x_hat.unbind()
     grads: list[Tensor | None] = [None, None]
     for view in views:
-        own, other, right, factor = kept[view], kept[1 - view], g if view else g.T, of_own[view]
+        own, other, right, factor = x_hat[view], x_hat[1 - view], of_p[view], of_own[view]
         if factor is None or _by_onednn(other, right):
             grad = _matmul_t(other, right.T, x.z_a.dtype)
             grad = grad if factor is None else grad.addcmul_(own, factor)
