@@ -65,7 +65,7 @@ def tensor(term: Tensor | float, like: Tensor) -> Tensor:
     dtype = like.dtype if like.dtype.itemsize >= 4 else torch.float32
     if isinstance(term, Tensor):
         return term.to(dtype)
-    if abs(term) > torch.finfo(dtype).max:
+    if abs(term) > 1e38 and abs(term) > torch.finfo(dtype).max:
         term = math.copysign(math.inf, term)
     return torch.scalar_tensor(term, dtype=dtype, device=like.device)
 

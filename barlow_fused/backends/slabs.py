@@ -122,7 +122,7 @@ def _terms_of_gram(x: Normalized, inner: Tensor | float, lambd: float, scale: fl
 
 def _scalar(x: Tensor) -> Tensor | float:
     """A 0-d tensor as Python's number, which is faster to compute with; one without data, fake or on meta, as it is."""
-    return x.item() if x.device.type == "cpu" and type(x) is Tensor else x
+    return x.item() if type(x) is Tensor and x.is_cpu else x
 
 
 def _compute_dtype(z: Tensor) -> torch.dtype:
@@ -207,10 +207,10 @@ def _cut(per_feature: Tensor, columns: slice) -> Tensor:
 
 def _by_onednn(x: Tensor, y: Tensor) -> bool:
     """Whether oneDNN multiplies x @ y.T fastest, of matrices or of batches, one after the other."""
-    rows, inner = x.shape[-2:]
+    rows = x.shape[-2]
     return (
-        2 * rows * inner * y.shape[-2] > ONEDNN_MIN_FLOPS
-        and x.device.type == "cpu"
+        2 * rows * x.shape[-1] * y.shape[-2] > ONEDNN_MIN_FLOPS
+        and x.is_cpu
         and rows <= ONEDNN_MAX_ROWS
         and x.dtype == torch.float32
         and _ONEDNN is not None

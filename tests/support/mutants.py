@@ -48,7 +48,7 @@ CONVENTIONS = GRID.format("{}", "over_conventions or zero_variance or large_mean
 EVERYTHING = GRID.format("{}", "test_")
 MODES = "tests/test_transforms.py tests/test_compile.py tests/test_choice.py -k 'not inductor'"
 ARGUMENTS = "tests/distributed/test_distributed.py -k 'wrong_arguments or no_default or without_a_process_group'"
-SLABS = " ".join(f"tests/backends/test_torch_{name}.py" for name in ("slabs", "direct", "saved"))
+SLABS = " ".join(f"tests/backends/test_torch_{name}.py" for name in ("slabs", "direct", "small", "saved"))
 EMULATED = "-m telling tests/kernels/test_kernels.py", "tests/kernels/test_cuda_emulation.py"
 # Of each file the steps that exercise it: those of "quick", and of "full" where nothing in them notices. A step is
 # pytest's arguments, or "ranks" and how many of them run tests/distributed/checks.py.
@@ -61,6 +61,8 @@ STEPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "backends/slabs.py": ((LOSS, SLABS, FEW.format("slabs")), (EVERYTHING.format("slabs"), MODES)),
     "backends/torch_slabs.py": ((LOSS, SLABS, FEW.format("slabs")), (EVERYTHING.format("slabs"), MODES)),
     "backends/torch_direct.py": ((LOSS, SLABS, FEW.format("slabs")), (EVERYTHING.format("slabs"), MODES)),
+    "backends/torch_small.py": ((LOSS, SLABS, FEW.format("small")), (EVERYTHING.format("small"), MODES)),
+    "backends/bulk.py": ((LOSS, SLABS, FEW.format("slabs")), (EVERYTHING.format("not whole"), MODES)),
     "backends/torch_whole.py": (
         ("tests/backends/test_torch_whole.py", FEW.format("whole")),
         (EVERYTHING.format("whole"), "tests/backends/test_torch_partial.py"),

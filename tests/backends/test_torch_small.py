@@ -1,0 +1,56 @@
+"""The torch backend for small inputs on CPUs: how few operators it takes, and what it must not lose by that."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from cases import NORMALIZATIONS, ROUTES, answer, assert_close, views
+from tracing import Trace
+
+from barlow_fused import barlow_twins_loss
+from barlow_fused.backends import torch_small
+
+
+def loss(route, normalization="batch_norm"):
+    return functools.partial(barlow_twins_loss, route=route, normalization=normalization, return_terms=True)
+
+
+@pytest.mark.parametrize("normalization", ["batch_norm", "std"])
+@pytest.mark.parametrize("route", ROUTES)
+def test_operators_are_few(route, normalization):
+    """Calls cost more than bytes there. The usual implementation computes with 11 and 25."""
+    z = [z.requires_grad_() for z in views(32, 128)]
+    with Trace() as forward:
+        value = barlow_twins_loss(*z, route=route, normalization=normalization)
+    with Trace() as backward:
+        torch.autograd.grad(value, z)
+    more = 7 if normalization == "std" else 0
+    assert len(forward.operators) <= 30 + more, forward.operators
+    assert len(backward.operators) <= 22 + more, backward.operators
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("normalization", ["batch_norm", "std"])
+@pytest.mark.parametrize("value", [0.1, 1234.567, 1e6])
+def test_what_rounding_leaves_of_constant_features(value, normalization, route):
+    """Of a large one two means leave a little, which standardising would make large; a third takes it off."""
+    z_a, z_b = views(63, 200)
+    z_a[:, ::3], z_b[:, ::5] = value, value
+    assert_close(answer(loss(route, normalization), z_a, z_b), z_a, z_b, NORMALIZATIONS[normalization])
+
+
+@pytest.mark.parametrize(("n", "d"), [(8, 4096), (32, 1024), (32, 3000), (500, 40), (2000, 300)])
+def test_a_sample_far_from_all_others(n, d):
+    z_a, z_b = views(n, d)
+    z_a[0] += 300 * torch.randn(d, generator=torch.Generator().manual_seed(n))
+    assert_close(answer(loss("auto"), z_a, z_b), z_a, z_b, NORMALIZATIONS["batch_norm"])
+
+
+def test_where_it_ends():
+    """Inputs in half precision would take twice their room to keep."""
+    assert torch_small.keeps(1024, 1024, torch.float32)
+    assert not torch_small.keeps(1024, 1025, torch.float64)
+    assert torch_small.keeps(128, 1024, torch.bfloat16)
+    assert not torch_small.keeps(129, 1024, torch.float16)
