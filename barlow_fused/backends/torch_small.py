@@ -62,10 +62,12 @@ def _standardise(x: Normalized) -> Tensor:  # [2, N, D]
         for z, view in zip((x.z_a, x.z_b), views.unbind(), strict=True):
             torch.sub(z, z.sum(0, dtype=view.dtype), alpha=1 / n, out=view)
         var = _variance(_centre(views))  # rounding left 1e-7 of the means, and leaves nothing of that
-        smallest = _scalar(var.min())
+        smallest, largest = map(_scalar, torch.aminmax(var))
         if type(smallest) is float and smallest < CONSTANT:
             var = _variance(_centre(views))
         rstd = x.normalization.rstd(var, n)
+        if type(largest) is float and largest == math.inf:
+            rstd += var * 0  # NaN, not the 0 of a feature that does not vary
         x.stats = (rstd, var, views.mul_(rstd))
     a, b = views.unbind()
     x.c = (a * b).mean(0)
