@@ -21,10 +21,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ..backends.accelerator import Accelerator
 from .devices import KnownGpu
 
 MULTIPROCESSORS = 132
 CLUSTERS = {8: 15, 4: 33, 2: 66}
+CLUSTER_ROWS = 13_000  # that normalize's clusters hold
 LAUNCH = 3e-6
 COPY_SHARE = 0.85
 NARROW_ROWS, MANY_ROWS = 64, 256  # up to which gram has one tile half as wide; beyond which clusters share squares
@@ -51,7 +53,7 @@ class Times(NamedTuple):
 def predict(n: int, d: int, route: str, gpu: KnownGpu) -> Times:
     """The kernels' times for inputs (n, d) in half precision, on a Hopper GPU of the table of rates."""
     step = STEP_FLOPS * MULTIPROCESSORS / gpu.products["half"]
-    reads = 2 if n <= 13_000 else 4  # clusters hold so many rows
+    reads = 2 if n <= CLUSTER_ROWS else 4
     normalize = (reads + 2) * n * d * 2 / (COPY_SHARE * gpu.bandwidth) + LAUNCH
     if route == "gram":
         product = gram_seconds(n, d, gpu, *gram_steps(n, d)) + LAUNCH
@@ -93,19 +95,49 @@ def gram_steps(n: int, d: int) -> tuple[int, int]:
         rows = _cdiv(n, 256)
         total = rows * (rows + 1) * steps
         return max(min(8, total), _cdiv(total, CLUSTERS[2])), 1
-    rows = _cdiv(n, 128)
-    tiles = rows * (rows + 1) // 2
-    columns = 64 if n <= NARROW_ROWS else 128
-    most = max(1, min(32, steps, 2 * n * d * 2 // (4 * 2 * tiles * 128 * columns)))
-    least = min(_cdiv(steps, 8 * 128), 32)
-    best = None
-    for split in range(least, max(least, most) + 1):
-        waves = _cdiv(2 * tiles * split, CLUSTERS[8])
-        longest = _cdiv(_cdiv(steps, split), 8)
-        time = 8 * waves * (longest + 8) + 2 * split
-        if best is None or time < best[0]:
-            best = time, (waves * longest, waves)
-    return best[1]
+    tiles = _triangle(n, 128)
+    split = _slices(steps, tiles, CLUSTERS[8], _few_rows_slice(n), n * d * 2, blocks=8)
+    waves = _cdiv(2 * tiles * split, CLUSTERS[8])
+    return waves * _cdiv(_cdiv(steps, split), 8), waves
+
+
+def gram_workspace(n: int, d: int, itemsize: int, tf32: bool, about: Accelerator) -> int:
+    """Bytes of gram's partial tiles (csrc/kernels/gram.cu), for what is multiplied."""
+    if about.architecture == "sm_90" and itemsize == 2:
+        steps, rows = _cdiv(d, 64), _cdiv(n, 256)
+        if n > MANY_ROWS:
+            total = rows * (rows + 1) * steps
+            share = max(min(8, total), _cdiv(total, CLUSTERS[2]))
+            return (rows * (rows + 1) + _cdiv(total, share)) * 256 * 256 * 4
+        split = _slices(steps, _triangle(n, 128), CLUSTERS[8], _few_rows_slice(n), n * d * 2, blocks=8)
+        return _cdiv(steps, _cdiv(steps, split)) * _few_rows_slice(n)
+    block = 128 if n >= 512 and (itemsize == 2 or tf32) else 64
+    tiles, steps = _triangle(n, block), _cdiv(d, 128 // itemsize)
+    slice_bytes = 2 * tiles * block**2 * 4
+    split = _slices(steps, tiles, about.units, slice_bytes, n * d * itemsize)
+    return _cdiv(steps, _cdiv(steps, split)) * slice_bytes
+
+
+def _slices(steps: int, tiles: int, workers: int, slice_bytes: int, view_bytes: int, blocks: int = 1) -> int:
+    """Into how many slices gram cuts D, each shared by so many blocks."""
+    most = max(1, min(32, steps, 2 * view_bytes // slice_bytes))
+    least = min(_cdiv(steps, 8 * 128), 32) if blocks > 1 else 1
+
+    def time(split: int) -> int:
+        waves = _cdiv(2 * tiles * split, workers)
+        return blocks * waves * (_cdiv(_cdiv(steps, split), blocks) + 8) + 2 * split
+
+    return min(range(least, max(least, most) + 1), key=time)
+
+
+def _few_rows_slice(n: int) -> int:
+    """Bytes of both views' partial tiles of a slice, on Hopper."""
+    return 2 * _triangle(n, 128) * 128 * (64 if n <= NARROW_ROWS else 128) * 4
+
+
+def _triangle(n: int, block: int) -> int:
+    rows = _cdiv(n, block)
+    return rows * (rows + 1) // 2
 
 
 def gram_grad_tiles(n: int, d: int) -> tuple[int, int]:

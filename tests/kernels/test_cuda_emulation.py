@@ -15,6 +15,7 @@ from barlow_fused.backends.operations import Spec
 from barlow_fused.backends.triton_kernels import configs
 from barlow_fused.planning import cuda
 from barlow_fused.planning.devices import KNOWN
+from barlow_fused.planning.plan import plan
 
 CPU = torch.device("cpu")
 
@@ -256,6 +257,42 @@ def test_predictions_count_the_steps_that_the_kernels_take(emulated):
         plan = kernels.plan_gram_grad(n, d, 0)
         if plan.cluster > 0:  # else by the portable kernel
             assert cuda.gram_grad_tiles(n, d) == (plan.rounds, plan.parts)
+
+
+@pytest.mark.parametrize(("capability", "units"), [(90, 132), (80, 108), (100, 148)])
+def test_predictions_know_grams_workspace(emulated, capability, units):
+    emulated(capability, units, **(H100 if capability == 90 else {}))
+    about = accelerator.named(f"sm_{capability}", units)
+    for n, d in [*GRID, (30, 9000), (300, 257), (200, 3000), (65, 70001)]:
+        for dtype, itemsize, tf32 in ((0, 4, False), (0, 4, True), (1, 2, False)):
+            partials = cuda_backend.extension().plan_gram(n, d, dtype, tf32, 0).partials
+            assert cuda.gram_workspace(n, d, itemsize, tf32, about) == 4 * partials
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(
+    ("n", "d"), [(256, 8192), (2048, 65536), (8192, 2048), (16, 512), (64, 65536), (100, 3000), (333, 70001)]
+)
+def test_predictions_know_what_is_allocated(emulated, n, d, route, dtype):
+    """One allocation for what is saved and one for what is not, beside the gradients."""
+    emulated(90, 132, **H100)
+    views_of = (torch.Size((n, d)), dtype, (d, 1), (d, 1), True, True)
+    arguments = (CPU, False, route, cases.NORMALIZATIONS["batch_norm"], True, False)
+    made = cuda_backend._passes._plan_forward(*views_of, *arguments)
+    peak = made.saved.bytes + max(0, made.scratch.bytes - 2 * n * d * dtype.itemsize)
+    predicted = plan(n, d, dtype, device="h200", route=route, backend="cuda").fused.peak_memory
+    assert predicted == pytest.approx(peak, rel=0.001, abs=4096)
+
+
+def test_what_the_kernels_move():
+    """normalize 4, gram 2, its gradient 8; or 6 more where blocks walk over their rows twice; K comes on top."""
+    once = plan(1024, 65536, torch.bfloat16, device="h200", backend="cuda")
+    assert 14 * 1024 * 65536 * 2 <= once.fused.bytes_moved < 1.1 * 14 * 1024 * 65536 * 2
+    twice = plan(2048, 65536, torch.bfloat16, device="h200", backend="cuda")
+    assert 20 * 2048 * 65536 * 2 < twice.fused.bytes_moved < 1.1 * 20 * 2048 * 65536 * 2
+    direct = plan(8192, 4096, torch.bfloat16, device="h200", backend="cuda")
+    assert direct.fused.bytes_moved == (4 + 2 + 8) * 8192 * 4096 * 2 + 3 * 4096**2 * 2
 
 
 def test_who_may_run_it(module):
