@@ -157,6 +157,7 @@ def correlate(
         EVEN=d % blocks.m == 0,
         TMA=tma,
         PRECISION=input_precision(precision),
+        PADDED=x.hats is not None,
         **_options(blocks),
     )
     columns = 128

@@ -16,8 +16,8 @@ import dataclasses
 
 import torch
 
-from ..backends import slabs as cpu_slabs
 from ..backends import accelerator, cuda_backend, torch_direct, torch_whole
+from ..backends import slabs as cpu_slabs
 from ..backends.arrays import VECTOR
 from ..backends.triton_kernels import configs
 from ..backends.triton_kernels.shares import shares

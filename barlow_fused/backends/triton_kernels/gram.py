@@ -102,7 +102,8 @@ def gram_kernel(
             tile_ptr = partials + first_item * BLOCK * BLOCK + r[:, None] * BLOCK + i[None, :]
             k_a = tl.zeros([ROWS, BLOCK], tl.float32)
             k_b = tl.zeros([ROWS, BLOCK], tl.float32)
-            wanted = (row + r < N)[:, None] & (column + i < row + start + ROWS)[None, :]  # the rest is above the diagonal
+            # The rest is above the diagonal.
+            wanted = (row + r < N)[:, None] & (column + i < row + start + ROWS)[None, :]
             for first in range(0, split, SLICES):
                 for offset in tl.static_range(SLICES):  # all loads, in one round, and then the sums, in their order
                     there = (first + offset < split) & wanted
