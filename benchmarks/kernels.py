@@ -290,7 +290,7 @@ def _cuda(path: str) -> int:
             line = f"{gpu} N={n} D={d}"
             row = "".join(f"{1e6 * t:{w}.0f}" for t, w in zip((*times, times.total), (9, 9, 10, 8), strict=True))
             rounds, parts = cuda.gram_grad_tiles(n, d)
-            steps = f"{cuda.gram_steps(n, d):16}{rounds * parts:12}" if route == "gram" else ""
+            steps = f"{cuda.gram_steps(n, d)[0]:16}{rounds * parts:12}" if route == "gram" else ""
             print(f"{line:24}{row}{steps}")
     return 0
 

@@ -121,8 +121,9 @@ def gram(
         UNIT_STRIDE=_unit_stride(a_hat, b_hat),
         PRECISION=input_precision(precision),
         TICKET=accelerator.of(on.device).ticket,
-        ROWS=1024 // blocks.m,
-        SLICES=configs.SLICES,
+        ROWS=16,
+        SLICES=configs.SLICE_COLUMNS // blocks.m,
+        ONE_TILE=n <= blocks.m,
         BLOCK_SUM=configs.SUM_BLOCK,
         **_options(blocks),
     )
@@ -156,6 +157,7 @@ def correlate(
         EVEN=d % blocks.m == 0,
         TMA=tma,
         PRECISION=input_precision(precision),
+        PADDED=x.hats is not None,
         **_options(blocks),
     )
     columns = 128

@@ -16,8 +16,9 @@ import dataclasses
 
 import torch
 
+from ..backends import accelerator, cuda_backend, torch_small, torch_whole
 from ..backends import slabs as cpu_slabs
-from ..backends import torch_small, torch_whole
+from ..backends.arrays import VECTOR
 from ..backends.triton_kernels import configs
 from ..backends.triton_kernels.shares import shares
 from ..normalization import Normalization
@@ -209,8 +210,6 @@ def _slabs_cost(p: Problem) -> Cost:
 def triton_cost(p: Problem) -> Cost:
     """The Triton backend keeps A_hat and B_hat, and K or C, in the dtype that it multiplies (triton_backend.py).
 
-    So does the CUDA backend, whose tiles differ a little: bytes and memory are taken to be the same.
-
     Passes over N x D numbers (of one view 1, of both 2): normalize reads 2, or 4 in its two phases, and writes 2; gram
     and correlate read 2; input_grad writes 2 and reads what it standardises, and in half precision also the rounded
     operands (Gram 4 and 2, direct 4 and 2). Where N is several row tiles, the Gram route's product reads 2 and writes
@@ -254,12 +253,48 @@ def triton_cost(p: Problem) -> Cost:
 
 
 def cuda_cost(p: Problem) -> Cost:
-    """The CUDA backend: ``triton_cost``, and on H100 and H200 what its kernels should take in half precision.
+    """The CUDA backend keeps what Triton's does (cuda_backend.py), with rows that begin at multiples of 16 bytes.
 
-    Its gradient kernel has no second launch. It moves fewer bytes than Triton's where a cluster holds all rows, and
-    about as many where it walks over them twice.
+    Passes over N x D numbers: normalize reads 2, or 4 where chunks of rows go through memory, and writes 2; gram and
+    correlate read 2; input_grad writes 2 and reads what it standardises, and in half precision also the rounded
+    operands (Gram 4 and 2, direct 4 and 2). Where a block walks over several row tiles of the Gram route, it reads what
+    it standardises and what it has stored once more, and stores that again. On H100 and H200 also what the kernels
+    should take in half precision.
     """
-    cost, gpu = triton_cost(p), p.device.known
+    n, d = p.local_shape
+    in_size, about, gpu = p.dtype.itemsize, p.device.about, p.device.known
+    dtype = configs.compute_dtype(n, d, p.dtype, normalized=True)
+    size, raw, tf32 = dtype.itemsize, dtype != torch.float32, accelerator.tf32()
+    hopper = about.architecture == "sm_90"
+
+    def pitch(columns: int) -> int:  # of padded rows
+        return configs.cdiv(columns * size, VECTOR) * VECTOR // size
+
+    stats = cuda_backend.STATS_ROWS * d * 4
+    in_one = cuda.CLUSTER_ROWS if hopper else about.shared_memory // 64  # rows that normalize holds on chip
+    passes = (4 if n <= in_one else 6) + 2 + (8 if raw else 6)
+    if p.route == "gram":
+        product = 2 * n * pitch(n) * size
+        partials = cuda.gram_workspace(n, d, size, tf32, about)
+        if hopper and raw:
+            rounds, parts = cuda.gram_grad_tiles(n, d)
+        else:
+            rounds = -(-2 * -(-d // 64) // about.units)
+            parts = 2 if n > (256 if raw or tf32 else 128) else 1
+        product_traffic = _traffic(product, 1 + rounds)
+        passes += 6 if parts > 1 else 0
+    else:
+        large = configs.cdiv(d, 128) ** 2 >= about.units and (raw or tf32)
+        tiles = configs.cdiv(d, 128 if large else 64)
+        product = d * pitch(d) * size
+        partials = 2 * tiles * d * 4 + tiles**2 * 8  # sums over the tiles' rows and columns
+        product_traffic = _traffic(product, 3)  # written, and read for each view
+    bytes_moved = _traffic(n * d * in_size, passes, at_least=6) + product_traffic + _traffic(partials, 2)
+    gradients = 2 * n * d * in_size  # do not exist yet in the forward pass, and are taken off
+    peak = 2 * n * pitch(d) * size + product + stats + max(0, partials - gradients)
+    if p.world_size > 1 and p.route == "gram":  # the shards of two views and of their gradients; A_hat, B_hat once more
+        peak += 4 * n * d * in_size + 2 * n * d * size
+    cost = _cost(p, p.flops, bytes_moved, peak, p.dtype)
     if gpu is None or gpu.architecture != "sm_90" or p.world_size > 1 or p.dtype.itemsize != 2:
         return cost
     times = cuda.predict(p.n, p.d, p.route, gpu)

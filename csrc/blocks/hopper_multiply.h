@@ -16,8 +16,9 @@
 // Per 64 k of a 128 x 256 tile, one multiprocessor: 4 Mi FLOPs, 1024 cycles at the peak of 4096 a cycle. Shared memory
 // delivers 128 bytes a cycle and gives 80 KiB to the tensor cores (each warpgroup reads its 8 KiB of a and all 32 KiB
 // of b) and takes 48 KiB from the TMA: exactly 1024 cycles. A 128 x 128 tile has 512 cycles for
-// 48 + 32 KiB, which take 640: it is for where there are too few tiles. From L2 a tile of 128 x 256 takes 48 bytes a
-// cycle, 32 in a cluster of two, 20 in one of eight.
+// 48 + 32 KiB, which take 640: it is for where there are too few tiles. On the diagonal of a symmetric product a and b
+// are the same rows, and come once: 48 + 16 KiB. From L2 a tile of 128 x 256 takes 48 bytes a cycle, 32 in a cluster
+// of two, 20 in one of eight.
 //
 // float32 stays with multiply.h: wgmma takes TF32 factors only k-major.
 #pragma once
@@ -36,6 +37,7 @@ struct Consumers {
 struct HopperTile {
   const TensorMap *a, *b;
   int row, column, k, steps;
+  bool diagonal = false;  // b's rows are the first of a's: only a is copied
 };
 
 template <class T_, int N_, int STAGES_, int CLUSTER_, bool A_K_MAJOR, bool B_K_MAJOR>
@@ -49,6 +51,7 @@ struct HopperMultiply {
   static constexpr int shared_bytes = STAGES * stage_bytes + 128;  // with the barriers; the epilogue's comes after
   static constexpr int ROWS = 1, COLUMNS = N / 8;
   static_assert(2 * STAGES * 8 <= 128 && N % CLUSTER == 0 && K / CLUSTER % 8 == 0, "parts of boxes are whole swizzles");
+  static constexpr bool may_be_diagonal = A_K_MAJOR && B_K_MAJOR && CLUSTER == 1 && N <= M;
 
   // acc[0][j]: as d[j] of wgmma.
   using Accumulator = float[ROWS][COLUMNS][4];
@@ -95,12 +98,13 @@ struct HopperMultiply {
   // The producer's part of a tile: one thread.
   static BARLOW_DEVICE void load(Place& place, const HopperTile& t) {
     const int rank = CLUSTER > 1 ? cluster_rank() : 0;
+    const bool diagonal = may_be_diagonal && t.diagonal;
     int k = t.k;
 #pragma unroll 1  // the producer has few registers, and time
     for (int step = 0; step < t.steps; ++step, k += K) {
       uint64_t* const arrived = full(place.stage);
       mbarrier_wait(empty(place.stage), place.phase ^ 1);
-      mbarrier_arrive_expect(arrived, stage_bytes);
+      mbarrier_arrive_expect(arrived, diagonal ? a_bytes : stage_bytes);
       char* const a = stage(place);
       char* const b = a + a_bytes;
       if constexpr (A_K_MAJOR) {
@@ -110,7 +114,7 @@ struct HopperMultiply {
       }
       if constexpr (B_K_MAJOR) {
         const int part = N / CLUSTER * rank;
-        copy_part(b + part * 128, *t.b, t.column + part, k, arrived);
+        if (!diagonal) copy_part(b + part * 128, *t.b, t.column + part, k, arrived);
       } else {
         const int part = K / CLUSTER * rank;
         for (int n = 0; n < N; n += box_columns) {
@@ -121,13 +125,14 @@ struct HopperMultiply {
     }
   }
 
-  // The consumers' part: acc = the sum over `steps` stages, at least one.
-  static BARLOW_DEVICE void multiply(Place& place, Accumulator& acc, int steps) {
-    start(place, acc, false);
+  // The consumers' part: acc = the sum over `steps` stages, at least one. diagonal: as the tile's.
+  static BARLOW_DEVICE void multiply(Place& place, Accumulator& acc, int steps, bool diagonal = false) {
+    const int b_offset = may_be_diagonal && diagonal ? 0 : a_bytes;  // in a stage
+    start(place, acc, false, b_offset);
     for (int step = 1; step < steps; ++step) {
       const int before = place.stage;
       place.advance();
-      start(place, acc, true);
+      start(place, acc, true, b_offset);
       wgmma_wait<1>();  // the stage before has been read; this one's products are under way
       release(before);
     }
@@ -186,10 +191,10 @@ struct HopperMultiply {
   }
 
   // Starts the products of a stage when it has arrived.
-  static BARLOW_DEVICE void start(const Place& place, Accumulator& acc, bool add) {
+  static BARLOW_DEVICE void start(const Place& place, Accumulator& acc, bool add, int b_offset) {
     const uint32_t from = shared_address(stage(place));
     const uint64_t a = wgmma_descriptor<A_K_MAJOR, box_bytes>(from + warp() / 4 * 64 * 128);  // a warpgroup's 64 rows
-    const uint64_t b = wgmma_descriptor<B_K_MAJOR, box_bytes>(from + a_bytes);
+    const uint64_t b = wgmma_descriptor<B_K_MAJOR, box_bytes>(from + b_offset);
     mbarrier_wait(full(place.stage), place.phase);
     pin_registers(acc[0]);
     wgmma_fence();

@@ -124,14 +124,20 @@ struct Wgmma;
   };
 #define BARLOW_TEN(t) \
   "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9, "
+#define BARLOW_32 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, " BARLOW_TEN(1) "%20, %21, %22, %23, %24, %25, %26, %27, %28, " \
+                                                           "%29, %30, %31"
 #define BARLOW_SIXTY \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, " BARLOW_TEN(1) BARLOW_TEN(2) BARLOW_TEN(3) BARLOW_TEN(4) BARLOW_TEN(5)
 #define BARLOW_64 BARLOW_SIXTY "%60, %61, %62, %63"
 #define BARLOW_128                                                                    \
   BARLOW_SIXTY BARLOW_TEN(6) BARLOW_TEN(7) BARLOW_TEN(8) BARLOW_TEN(9) BARLOW_TEN(10) \
       BARLOW_TEN(11) "%120, %121, %122, %123, %124, %125, %126, %127"
+#define BARLOW_D32 BARLOW_D4(0), BARLOW_D4(4)
 #define BARLOW_D64 BARLOW_D16(0)
 #define BARLOW_D128 BARLOW_D16(0), BARLOW_D16(16)
+BARLOW_WGMMA(bfloat16, "bf16", 64, BARLOW_32, BARLOW_D32, "%32", "%33", "%34", "%35", "%36")
+BARLOW_WGMMA(float16, "f16", 64, BARLOW_32, BARLOW_D32, "%32", "%33", "%34", "%35", "%36")
 BARLOW_WGMMA(bfloat16, "bf16", 128, BARLOW_64, BARLOW_D64, "%64", "%65", "%66", "%67", "%68")
 BARLOW_WGMMA(float16, "f16", 128, BARLOW_64, BARLOW_D64, "%64", "%65", "%66", "%67", "%68")
 BARLOW_WGMMA(bfloat16, "bf16", 256, BARLOW_128, BARLOW_D128, "%128", "%129", "%130", "%131", "%132")

@@ -48,25 +48,25 @@ GramPlan plan_gram(int n, int d, DType dtype, Precision precision, int device) {
   const int clusters = dtype != DType::float32 ? hopper_gram_clusters(n, d, device) : 0;
   const bool hopper = clusters > 0;
   GramPlan plan{};
-  plan.block = n >= (hopper ? 65 : many_rows) && !split_products ? 128 : 64;
+  plan.block = n >= (hopper ? hopper_gram_narrow_rows + 1 : many_rows) && !split_products ? 128 : 64;
   const int rows = ceil_div(n, plan.block);
   plan.tiles = rows * (rows + 1) / 2;
   const int size = dtype == DType::float32 ? 4 : 2;
   const int steps = ceil_div(d, 128 / size);
   // The partial tiles may take the memory of the two input gradients, which do not exist yet, and always one slice's.
-  const int64_t slice = 2LL * plan.tiles * plan.block * plan.block;
+  const int64_t slice = 2LL * plan.tiles * (hopper ? 128 : plan.block) * plan.block;
   int64_t budget = 2LL * n * d * size / (4 * slice);
-  const bool squares = hopper && plan.block == 128 && n > hopper_gram_many_rows;
+  const bool squares = hopper && n > hopper_gram_many_rows;
   const GramPlan of_squares = squares ? hopper_plan_squares(n, d, clusters) : GramPlan{};
   // The slices below are then for inputs that the TMA cannot copy, and take no more room.
   if (squares) budget = of_squares.partials / slice;
   const int most = static_cast<int>(larger<int64_t>(1, smaller<int64_t>(smaller(max_split, steps), budget)));
-  // A block takes as many steps as its slice has and about 8 more to start, store and hand over; a tile's last phase
-  // takes about half of one a slice. The multiprocessors take the blocks in waves.
+  // A block takes as many steps as its slice has and about 8 more to start, store and hand over; a tile's last phase,
+  // bound by what one multiprocessor gets from L2, about two a slice. The multiprocessors take the blocks in waves.
   int64_t workers = device_info(device).multiprocessors;
   int least = 1, blocks = 1;  // blocks that share a slice
   const int64_t works = 2LL * plan.tiles;
-  if (hopper && plan.block == 128 && !squares) {
+  if (hopper && !squares) {
     blocks = hopper_gram_pieces;
     plan.tiles *= blocks;
     workers = clusters;
@@ -75,7 +75,7 @@ GramPlan plan_gram(int n, int d, DType dtype, Precision precision, int device) {
   int64_t best = INT64_MAX;
   for (int split = least; split <= larger(least, most); ++split) {
     const int64_t waves = ceil_div(works * split, workers);
-    const int64_t time = 2 * waves * (ceil_div(ceil_div(steps, split), blocks) + 8) + ceil_div(split, blocks);
+    const int64_t time = blocks * waves * (ceil_div(ceil_div(steps, split), blocks) + 8) + 2 * split;
     if (time < best) {
       best = time;
       plan.steps = ceil_div(steps, split);

@@ -41,12 +41,12 @@ struct Slices {
 };
 
 // Fragments [begin, end) of K_a and K_b: adds up the slices, writes both triangles of K, and returns this thread's part
-// of the inner product. A fragment lies Team::threads after the one before, slices are `stride` apart.
-template <class Product>
+// of the inner product. A fragment lies Team::threads after the one before, slices are `stride` apart. MOST: fragments.
+template <class Product, int MOST>
 BARLOW_DEVICE double add_slices(const Gram& p, const Slices (&views)[2], int64_t stride, int begin, int end, int row,
                                 int column) {
-  // Of one view: so many fragments and slices are on their way at once.
-  constexpr int fragments = smaller(4, Product::ROWS * Product::COLUMNS), slices = 2;
+  // So many fragments and slices of both views are on their way at once: 16 loads of 16 bytes a thread.
+  constexpr int fragments = smaller(4, MOST), slices = 8 / fragments;
   using T = typename Product::T;
   const float by_d = 1.f / p.d, by_n = 1.f / p.n;
   const bool pairs = sizeof(T) == 2 && p.k.row_stride % 2 == 0 && reinterpret_cast<uintptr_t>(p.k.data) % 4 == 0;
@@ -61,24 +61,30 @@ BARLOW_DEVICE double add_slices(const Gram& p, const Slices (&views)[2], int64_t
 #pragma unroll
         for (int e = 0; e < 4; ++e) k[view][i][e] = 0.f;
       }
+    }
 #pragma unroll 1
-      for (int s = 0; s < views[view].count; s += slices) {
-        Vec16 v[slices][fragments];
+    for (int s = 0; s < larger(views[0].count, views[1].count); s += slices) {
+      Vec16 v[2][slices][fragments];
+#pragma unroll
+      for (int view = 0; view < 2; ++view) {
 #pragma unroll
         for (int j = 0; j < slices; ++j) {
 #pragma unroll
           for (int i = 0; i < fragments; ++i) {
             const bool there = s + j < views[view].count && f + i < end;
             const Vec16* const from = views[view].first + (s + j) * stride + (f + i) * Product::Team::threads;
-            v[j][i] = there ? load_from_l2(from) : Vec16{};
+            v[view][j][i] = there ? load_from_l2(from) : Vec16{};
           }
         }
+      }
+#pragma unroll
+      for (int view = 0; view < 2; ++view) {
 #pragma unroll
         for (int j = 0; j < slices; ++j) {
 #pragma unroll
           for (int i = 0; i < fragments; ++i) {
 #pragma unroll
-            for (int e = 0; e < 4; ++e) k[view][i][e] += bits_to_float(v[j][i].word[e]);
+            for (int e = 0; e < 4; ++e) k[view][i][e] += bits_to_float(v[view][j][i].word[e]);
           }
         }
       }
@@ -163,7 +169,8 @@ BARLOW_DEVICE void finish_piece(const Gram& p, int tiles, int tile, int piece, i
   const Slices views[2] = {{partial_tile<Product>(p, tiles, tile, 0, 0), p.split},
                            {partial_tile<Product>(p, tiles, tile, 1, 0), p.split}};
   const int64_t stride = 2 * (views[1].first - views[0].first);
-  const double sum = add_slices<Product>(p, views, stride, piece * fragments, (piece + 1) * fragments, row, column);
+  const int begin = piece * fragments;
+  const double sum = add_slices<Product, fragments>(p, views, stride, begin, begin + fragments, row, column);
   complete_gram<Team>(p, id, tiles * PIECES, sum, shared);
 }
 

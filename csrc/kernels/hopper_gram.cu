@@ -11,7 +11,9 @@
 //   tiles through distributed shared memory, always in the order of the blocks: each block two of the sixteen fragments
 //   of every thread. These pieces of tiles are then stored, counted and completed on their own. N = 256, D = 8192: 3
 //   tiles, both views, two slices, 96 blocks of 8 steps each; a piece's last phase reads four times 8 KiB, where one
-//   block for the whole tile and as many blocks without clusters would read 32 times 64 KiB.
+//   block for the whole tile and as many blocks without clusters would read 32 times 64 KiB. Tiles on the diagonal, two
+//   of three there and all up to 128 rows, load their rows once: 120 multiprocessors that load every tile's rows twice
+//   would ask L2 for 9 TB/s. Up to 64 rows the only tile has 64 columns; the 64 rows below it are the TMA's zeros.
 #include "blocks/hopper_multiply.h"
 #include "kernels/gram.h"
 #include "kernels/hopper_kernels.h"
@@ -153,14 +155,15 @@ struct GramSquareJob {
     const int columns = smaller(Product::N, s.row + Product::M - s.column);
     const int end = s.row < p.n ? smaller(columns, p.n - s.column) : 0;
     const int64_t stride = cluster * Product::COLUMNS * Consumers::threads;
-    const double sum = add_slices<Product>(p, views, stride, 0, larger(0, ceil_div(end, 8)), s.row, s.column);
+    const double sum =
+        add_slices<Product, Product::COLUMNS>(p, views, stride, 0, larger(0, ceil_div(end, 8)), s.row, s.column);
     complete_gram<Consumers>(p, id, layout.squares * cluster, sum, shared);
   }
 };
 
-template <class T>
+template <class T, int COLUMNS>
 struct GramTileJob {
-  using Product = HopperMultiply<T, 128, 4, 1, true, true>;
+  using Product = HopperMultiply<T, COLUMNS, 4, 1, true, true>;
   using Place = typename Product::Place;
   static constexpr int cluster = hopper_gram_pieces, fragments = Product::COLUMNS / cluster;
   struct Params {
@@ -189,9 +192,11 @@ struct GramTileJob {
     }
   }
 
-  // Tiles run fastest. This block's part of the slice may be empty.
+  // Tiles run fastest, and begin with another one each time that all clusters have taken a work: none has only tiles
+  // beside the diagonal, which take longer. This block's part of the slice may be empty.
   BARLOW_DEVICE void place(int work, int& tile, int& view, int& slice, int& first, int& steps) const {
-    tile = work % params.tiles;
+    const int clusters = grid_size() / cluster, turn = clusters % params.tiles == 0 ? work / clusters : 0;
+    tile = (work + turn) % params.tiles;
     view = work / params.tiles % 2;
     slice = work / (2 * params.tiles);
     const int per_block = ceil_div(params.p.steps, cluster), begin = cluster_rank() * per_block;
@@ -205,7 +210,8 @@ struct GramTileJob {
     place(work, tile, view, slice, first, steps);
     lower_triangle_tile(tile, row, column);
     if (lane() != 0) return;
-    Product::load(ring, {&params.a[view], &params.b[view], row * 128, column * 128, first * Product::K, steps});
+    Product::load(
+        ring, {&params.a[view], &params.b[view], row * 128, column * 128, first * Product::K, steps, row == column});
   }
 
   BARLOW_DEVICE void consume(Place& ring, int work) {
@@ -215,7 +221,7 @@ struct GramTileJob {
     if (exchanges > 0) mbarrier_wait_cluster(&memory.read, (exchanges - 1) % 2);
     if (steps > 0) {
       typename Product::Accumulator acc;
-      Product::multiply(ring, acc, steps);
+      Product::multiply(ring, acc, steps, row == column);
 #pragma unroll
       for (int f = 0; f < Product::COLUMNS; ++f) store(&memory.tile[f][thread()], pack(acc[0][f], 0.f));
     } else {
@@ -271,6 +277,15 @@ typename Job::Params gram_params(const Gram& p) {
 template <class T>
 using SquareJob = GramSquareJob<HopperMultiply<T, 256, 4, 2, true, true>>;
 
+template <class Job>
+void launch_tiles(const Gram& p, Stream stream) {
+  typename Job::Params params = gram_params<Job>(p);
+  const int rows = ceil_div(p.n, 128);
+  params.tiles = rows * (rows + 1) / 2;
+  params.works = 2 * params.tiles * p.split;
+  launch_clusters<HopperKernel<Job>>(params.works, stream, params, p.n, p.d);
+}
+
 template <class T>
 void choose_gram(const Gram& p, Stream stream) {
   if (p.n > hopper_gram_many_rows) {
@@ -279,13 +294,10 @@ void choose_gram(const Gram& p, Stream stream) {
     params.layout = square_layout(p.n, p.d, hopper_gram_clusters(p.n, p.d, stream.device));
     params.works = params.layout.clusters;
     launch_clusters<HopperKernel<Job>>(params.works, stream, params, p.n, p.d);
+  } else if (p.n > hopper_gram_narrow_rows) {
+    launch_tiles<GramTileJob<T, 128>>(p, stream);
   } else {
-    using Job = GramTileJob<T>;
-    typename Job::Params params = gram_params<Job>(p);
-    const int rows = ceil_div(p.n, 128);
-    params.tiles = rows * (rows + 1) / 2;
-    params.works = 2 * params.tiles * p.split;
-    launch_clusters<HopperKernel<Job>>(params.works, stream, params, p.n, p.d);
+    launch_tiles<GramTileJob<T, 64>>(p, stream);
   }
 }
 
@@ -293,8 +305,9 @@ void choose_gram(const Gram& p, Stream stream) {
 
 int hopper_gram_clusters(int n, int d, int device) {
   if (!is_hopper(device) || (n > hopper_gram_many_rows && !has_square_layout(n, d))) return 0;
-  return n > hopper_gram_many_rows ? clusters_at_once<HopperKernel<SquareJob<bfloat16>>>(device)
-                                   : clusters_at_once<HopperKernel<GramTileJob<bfloat16>>>(device);
+  if (n > hopper_gram_many_rows) return clusters_at_once<HopperKernel<SquareJob<bfloat16>>>(device);
+  return n > hopper_gram_narrow_rows ? clusters_at_once<HopperKernel<GramTileJob<bfloat16, 128>>>(device)
+                                     : clusters_at_once<HopperKernel<GramTileJob<bfloat16, 64>>>(device);
 }
 
 GramPlan hopper_plan_squares(int n, int d, int clusters) {
@@ -309,8 +322,7 @@ GramPlan hopper_plan_squares(int n, int d, int clusters) {
 }
 
 bool hopper_can_gram(const Gram& p, int device) {
-  return p.block == 128 && has_tensor_map(p.a_hat) && has_tensor_map(p.b_hat) &&
-         hopper_gram_clusters(p.n, p.d, device) > 0;
+  return has_tensor_map(p.a_hat) && has_tensor_map(p.b_hat) && hopper_gram_clusters(p.n, p.d, device) > 0;
 }
 
 void hopper_gram(const Gram& p, Stream stream) {

@@ -39,8 +39,8 @@ inline bool hopper_fills(int device, int cluster, int64_t clusters) {
 }
 
 // Beyond this many rows gram computes squares of 256 by clusters of 2 blocks; up to them, tiles by clusters of as many
-// blocks as a tile has pieces.
-constexpr int hopper_gram_many_rows = 256;
+// blocks as a tile has pieces. Of so few that they are half a tile, the tile is half as wide.
+constexpr int hopper_gram_many_rows = 256, hopper_gram_narrow_rows = 64;
 constexpr int hopper_gram_pieces = 8;
 
 }  // namespace barlow

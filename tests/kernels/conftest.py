@@ -175,4 +175,4 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configs, "GRAM_MANY_ROWS", 128)
     monkeypatch.setattr(configs, "CHUNK", 64)
     monkeypatch.setattr(configs, "SUM_BLOCK", 16)
-    monkeypatch.setattr(configs, "SLICES", 4)
+    monkeypatch.setattr(configs, "SLICE_COLUMNS", 128)

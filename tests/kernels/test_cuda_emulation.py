@@ -14,6 +14,8 @@ from barlow_fused.backends import accelerator, cuda_backend, cuda_partial, torch
 from barlow_fused.backends.operations import Spec
 from barlow_fused.backends.triton_kernels import configs
 from barlow_fused.planning import cuda
+from barlow_fused.planning.devices import KNOWN
+from barlow_fused.planning.plan import plan
 
 CPU = torch.device("cpu")
 
@@ -190,21 +192,53 @@ def test_the_first_call_warms_up(emulated, monkeypatch):
     assert warmed == [CPU]
 
 
+@pytest.mark.parametrize("n", [60, 200])
+def test_gram_of_few_rows_in_three_clusters(emulated, n):
+    """One tile of 64 columns; and three, which each cluster takes in turn, so that none has the same one again."""
+    assert_halves_are_right(emulated(90, 24), n, 3000, "gram")
+
+
 H100 = {"clusters": {2: 66, 4: 33, 8: 15}}  # of 132 multiprocessors
-GRID = [(n, d) for d in (8192, 65536, 262144) for n in (512, 1024, 1100, 1280, 2048, 4096, 8192) if 2 * n <= d]
+FEW = (64, 100, 128, 256)
+GRID = [(n, d) for d in (8192, 65536, 262144) for n in (*FEW, 512, 1024, 1100, 1280, 2048, 4096, 8192)]
 
 
 @pytest.mark.parametrize(("n", "d"), GRID)
 def test_multiprocessors_take_equal_shares(emulated, n, d):
-    """The busiest takes at most 1.15 times its share of the steps of 128 x 256 x 64 that whole tiles need."""
+    """With handing over, gram takes at most 1.15 times as long as if all had equal shares of whole steps.
+
+    The steps alone, too, where they are many: up to 256 rows 120 of 132 multiprocessors are in clusters of eight.
+    """
     emulated(90, 132, **H100)
     kernels = cuda_backend.extension()
-    squares = -(-n // 256) * (-(-n // 256) + 1) // 2
-    share = 2 * 2 * squares * -(-d // 64) / 132  # both views, two row tiles a square
-    assert kernels.plan_gram(n, d, 1, False, 0).longest <= 1.15 * share
-    plan = kernels.plan_gram_grad(n, d, 0)
-    share = 2 * -(-n // 128) * -(-d // 256) / 132  # row tiles of all slabs, each with the same steps
+    longest, least = kernels.plan_gram(n, d, 1, False, 0).longest, cuda.least_gram_steps(n, d)
+    assert longest <= (1.02 * least if n not in FEW else 1.2 * least + 1)
+    for gpu in (KNOWN["h100"], KNOWN["h200"]):
+        assert cuda.gram_seconds(n, d, gpu, *cuda.gram_steps(n, d)) <= 1.15 * cuda.gram_seconds(n, d, gpu, least, 1)
+
+
+@pytest.mark.parametrize(("n", "d"), [(n, d) for n, d in GRID if n not in FEW and 2 * n <= d])
+def test_gradients_are_shared_equally(emulated, n, d):
+    """The busiest multiprocessor takes at most 1.15 times its share of the row tiles of all slabs."""
+    emulated(90, 132, **H100)
+    plan = cuda_backend.extension().plan_gram_grad(n, d, 0)
+    share = 2 * -(-n // 128) * -(-d // 256) / 132  # each with the same steps
     assert plan.rounds * plan.parts <= 1.15 * share
+
+
+@pytest.mark.parametrize(("capability", "multiprocessors"), [(80, 108), (100, 148)])
+@pytest.mark.parametrize(("n", "d"), GRID)
+def test_portable_grams_steps(emulated, n, d, capability, multiprocessors):
+    """The busiest has at most 1.25 times its share of the steps; or slices are as many as pay for being added up.
+
+    Of S slices of few tiles, steps / S and 2 S is what depends on S, and least where both are equal.
+    """
+    emulated(capability, multiprocessors)
+    plan = cuda_backend.extension().plan_gram(n, d, 1, False, 0)
+    steps, rows = -(-d // 64), -(-n // plan.block)
+    share = rows * (rows + 1) * steps / multiprocessors
+    fewest = min(32, (steps / 2) ** 0.5)
+    assert plan.longest <= 1.25 * share or plan.longest <= 1.15 * -(-steps // fewest)
 
 
 def test_workspace_does_not_grow_with_the_features(emulated):
@@ -218,10 +252,47 @@ def test_predictions_count_the_steps_that_the_kernels_take(emulated):
     """barlow_fused.planning.cuda cuts products as the kernels do."""
     emulated(90, 132, **H100)
     kernels = cuda_backend.extension()
-    for n, d in [*GRID, (256, 8192), (300, 4000), (200, 65536)]:
-        assert cuda.gram_steps(n, d) == kernels.plan_gram(n, d, 1, False, 0).longest
+    for n, d in [*GRID, (30, 9000), (300, 4000), (200, 65536)]:
+        assert cuda.gram_steps(n, d)[0] == kernels.plan_gram(n, d, 1, False, 0).longest
         plan = kernels.plan_gram_grad(n, d, 0)
-        assert cuda.gram_grad_tiles(n, d) == (plan.rounds, plan.parts)
+        if plan.cluster > 0:  # else by the portable kernel
+            assert cuda.gram_grad_tiles(n, d) == (plan.rounds, plan.parts)
+
+
+@pytest.mark.parametrize(("capability", "units"), [(90, 132), (80, 108), (100, 148)])
+def test_predictions_know_grams_workspace(emulated, capability, units):
+    emulated(capability, units, **(H100 if capability == 90 else {}))
+    about = accelerator.named(f"sm_{capability}", units)
+    for n, d in [*GRID, (30, 9000), (300, 257), (200, 3000), (65, 70001)]:
+        for dtype, itemsize, tf32 in ((0, 4, False), (0, 4, True), (1, 2, False)):
+            partials = cuda_backend.extension().plan_gram(n, d, dtype, tf32, 0).partials
+            assert cuda.gram_workspace(n, d, itemsize, tf32, about) == 4 * partials
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(
+    ("n", "d"), [(256, 8192), (2048, 65536), (8192, 2048), (16, 512), (64, 65536), (100, 3000), (333, 70001)]
+)
+def test_predictions_know_what_is_allocated(emulated, n, d, route, dtype):
+    """One allocation for what is saved and one for what is not, beside the gradients."""
+    emulated(90, 132, **H100)
+    views_of = (torch.Size((n, d)), dtype, (d, 1), (d, 1), True, True)
+    arguments = (CPU, False, route, cases.NORMALIZATIONS["batch_norm"], True, False)
+    made = cuda_backend._passes._plan_forward(*views_of, *arguments)
+    peak = made.saved.bytes + max(0, made.scratch.bytes - 2 * n * d * dtype.itemsize)
+    predicted = plan(n, d, dtype, device="h200", route=route, backend="cuda").fused.peak_memory
+    assert predicted == pytest.approx(peak, rel=0.001, abs=4096)
+
+
+def test_what_the_kernels_move():
+    """normalize 4, gram 2, its gradient 8; or 6 more where blocks walk over their rows twice; K comes on top."""
+    once = plan(1024, 65536, torch.bfloat16, device="h200", backend="cuda")
+    assert 14 * 1024 * 65536 * 2 <= once.fused.bytes_moved < 1.1 * 14 * 1024 * 65536 * 2
+    twice = plan(2048, 65536, torch.bfloat16, device="h200", backend="cuda")
+    assert 20 * 2048 * 65536 * 2 < twice.fused.bytes_moved < 1.1 * 20 * 2048 * 65536 * 2
+    direct = plan(8192, 4096, torch.bfloat16, device="h200", backend="cuda")
+    assert direct.fused.bytes_moved == (4 + 2 + 8) * 8192 * 4096 * 2 + 3 * 4096**2 * 2
 
 
 def test_who_may_run_it(module):

@@ -124,7 +124,7 @@ HOPPER_FAULTS = {
     "a wrong number of bytes": (
         *(
             "blocks/hopper_multiply.h",
-            "mbarrier_arrive_expect(arrived, stage_bytes)",
+            "mbarrier_arrive_expect(arrived, diagonal ? a_bytes : stage_bytes)",
             "mbarrier_arrive_expect(arrived, 1024)",
         ),
         *("late", "no thread can go on"),
@@ -132,6 +132,14 @@ HOPPER_FAULTS = {
     "a block of the cluster that is not asked": (
         *("blocks/hopper_multiply.h", "CLUSTER * Team::threads / 32", "Team::threads / 32"),
         *("late", "no thread can go on"),
+    ),
+    "bytes of a factor that never comes": (
+        *("blocks/hopper_multiply.h", "arrived, diagonal ? a_bytes : stage_bytes", "arrived, stage_bytes"),
+        *("late", "no thread can go on"),
+    ),
+    "a diagonal tile that multiplies what has not come": (
+        *("blocks/hopper_multiply.h", "diagonal ? 0 : a_bytes;", "a_bytes;"),
+        *("late", "P is wrong"),
     ),
     "a part of the cluster's boxes in the wrong place": (
         *("blocks/hopper_multiply.h", "const int part = K / CLUSTER * rank;", "const int part = 0;"),
@@ -157,6 +165,16 @@ GRAM_FAULTS = {
         "kernels/hopper_gram.cu",
         "stride = cluster * Product::COLUMNS * Consumers::threads",
         "stride = Product::COLUMNS * Consumers::threads",
+    ),
+    "a tile beside the diagonal that loads its rows alone": (
+        "kernels/hopper_gram.cu",
+        "Product::multiply(ring, acc, steps, row == column);",
+        "Product::multiply(ring, acc, steps, true);",
+    ),
+    "a piece that another slice overwrites": (
+        "kernels/hopper_gram.cu",
+        "partial_tile<Product>(params.p, params.tiles, tile, view, slice)",
+        "partial_tile<Product>(params.p, params.tiles, tile, view, 0)",
     ),
     "a triangle that is stored across": ("kernels/gram.h", "(m + 8 * h - odd), across", "(m + 8 * h), across"),
 }

@@ -88,7 +88,7 @@ def test_products_of_odd_shapes_load_16_bytes_at_once(arch, n, d, dtype):
     """Whatever N and D are: rows of A_hat, B_hat, K and C are padded."""
     for route in ("gram", "direct"):
         launches = [x for x in launches_of(arch, n, d, dtype, route) if "PRECISION" in x.options]
-        for launch in launches[0 if route == "gram" else 1 :]:  # correlate reads z itself
+        for launch in launches[0 if route == "gram" or dtype == FP32 else 1 :]:  # correlate of halves reads z itself
             ptx = launch.compile(arch).ptx
             wide = re.findall(r"cp\.async\.cg\.[^;]*, 0x10,|cp\.async\.bulk\.tensor", ptx)
             assert wide, launch.name

@@ -126,9 +126,13 @@ def test_one_sample_that_is_all_features_have_in_common_does_not_overflow(fused,
 
 
 @pytest.mark.parametrize("d", [8192, 65536, 262144])
-@pytest.mark.parametrize("n", [2, 100, 256, 700, 1024, 1100, 1280, 2048, 3000, 8192])
+@pytest.mark.parametrize("n", [2, 64, 100, 128, 256, 512, 700, 1024, 1100, 1280, 2048, 3000, 4096, 8192])
 def test_shares_are_nearly_equal(n, d):
-    """Slices cover D, the partial tiles keep their memory, and no multiprocessor has more than 1.15 of its share."""
+    """Slices cover D, the partial tiles keep their memory, and no multiprocessor has more than 1.15 of its share.
+
+    Of up to 128 rows slices do not fill the chip, since one program of a tile adds them up: of S slices, steps / S and
+    2 S (1.25 S of one tile) take least time where both are equal, and what is chosen does so up to whole steps.
+    """
     chip = configs.chip_of(accelerator.named("sm_90"))
     blocks = chip.gram(n, torch.bfloat16)
     tiles, steps = configs.triangle(n, blocks.m), configs.cdiv(d, blocks.k)
@@ -137,8 +141,11 @@ def test_shares_are_nearly_equal(n, d):
     assert all((part.split - 1) * part.steps < steps <= part.split * part.steps for part in choice)
     items = sum(part.items for part in choice)
     assert items == 2 * tiles or items * blocks.m**2 * 4 <= 2 * n * d * 2
-    if n * d >= 256 * 8192 and n >= 256:
-        assert busiest(choice, 132) <= 1.15 * 2 * tiles * steps / 132
+    if n >= 64:
+        is_equal = busiest(choice, 132) <= 1.15 * 2 * tiles * steps / 132
+        slice_cost = 1.25 if tiles == 1 else 2
+        least = 2 * (slice_cost * steps) ** 0.5
+        assert is_equal or (n <= 128 and choice[0].steps + slice_cost * choice[0].split <= 1.02 * least)
 
 
 @pytest.fixture

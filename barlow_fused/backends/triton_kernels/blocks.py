@@ -62,6 +62,7 @@ def matmul(
     LEFT_KM: tl.constexpr,  # how left lies in memory: [K, m_size], and not [m_size, K]
     RIGHT_NK: tl.constexpr,
     PRECISION: tl.constexpr,
+    SYMMETRIC: tl.constexpr = False,  # right is left's transpose, and what is there of left: it is loaded once
 ):
     """A [BLOCK_M, BLOCK_N] tile of left @ right in float32; its rows and columns past the end are arbitrary.
 
@@ -75,6 +76,7 @@ def matmul(
         total = _matmul_chunk(
             left, left_m, left_k, row, m_size, right, right_k, right_n, right_first, column, n_size,
             k_begin, k_end, k_size, BLOCK_M, BLOCK_N, BLOCK_K, EVEN, LEFT_K, RIGHT_K, TMA, LEFT_KM, RIGHT_NK, PRECISION,
+            SYMMETRIC,
         )  # fmt: skip
     else:
         total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -82,7 +84,7 @@ def matmul(
             total += _matmul_chunk(
                 left, left_m, left_k, row, m_size, right, right_k, right_n, right_first, column, n_size,
                 chunk, tl.minimum(chunk + CHUNK, k_end), k_size,
-                BLOCK_M, BLOCK_N, BLOCK_K, EVEN, LEFT_K, RIGHT_K, TMA, LEFT_KM, RIGHT_NK, PRECISION,
+                BLOCK_M, BLOCK_N, BLOCK_K, EVEN, LEFT_K, RIGHT_K, TMA, LEFT_KM, RIGHT_NK, PRECISION, SYMMETRIC,
             )  # fmt: skip
     return total
 
@@ -92,13 +94,18 @@ def _matmul_chunk(
     left, left_m, left_k, row, m_size, right, right_k, right_n, right_first, column, n_size, k_begin, k_end, k_size,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
     LEFT_K: tl.constexpr, RIGHT_K: tl.constexpr, TMA: tl.constexpr, LEFT_KM: tl.constexpr, RIGHT_NK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, SYMMETRIC: tl.constexpr,
 ):  # fmt: skip
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if TMA:
         for k in range(k_begin, k_end, BLOCK_K):
             x = tl.trans(left.load([k, row])) if LEFT_KM else left.load([row, k])
-            y = tl.trans(right.load([column, right_first + k])) if RIGHT_NK else right.load([right_first + k, column])
+            if SYMMETRIC:
+                y = tl.trans(x)
+            elif RIGHT_NK:
+                y = tl.trans(right.load([column, right_first + k]))
+            else:
+                y = right.load([right_first + k, column])
             acc = _dot(x, y, acc, PRECISION)
     else:
         rows = row + tl.arange(0, BLOCK_M)
@@ -121,7 +128,10 @@ def _matmul_chunk(
         right_step = tl.cast(right_k, tl.int64) * BLOCK_K
         for k in range(k_begin, k_end, BLOCK_K):
             x = _load(x_ptr, left_inside, (k + ks < k_size)[None, :], LEFT_K)
-            y = _load(y_ptr, right_inside, (k + ks < k_size)[:, None], RIGHT_K)
+            if SYMMETRIC:
+                y = tl.trans(x)
+            else:
+                y = _load(y_ptr, right_inside, (k + ks < k_size)[:, None], RIGHT_K)
             acc = _dot(x, y, acc, PRECISION)
             x_ptr += left_step
             y_ptr += right_step

@@ -6,7 +6,7 @@ benchmarks.kernels`` prints registers, spills and shared memory; with Triton 3.8
     N, D                kernel        BLOCK_M, _N, _K    warps   stages   registers   shared memory
     256, 8192           gram           64   64   64        4       4         168          64 KiB
                         gram_grad     256   64   64        8       3         223         120 KiB
-    2048, 65536         gram          128  128   64        8       3         124          96 KiB
+    2048, 65536         gram          128  128   64        8       3         128          96 KiB
                         grad_product  128  128   64        8       3         117          96 KiB
     8192, 2048 direct   correlate     128  128   64        8       4         184         128 KiB
                         direct_grad   128  128   64        8       4         254         128 KiB
@@ -53,7 +53,7 @@ from ..accelerator import Accelerator
 MAX_REGISTERS = 255  # of a thread
 REGISTERS = 65536  # of a multiprocessor
 ROW_BYTES = 128  # where rows of A_hat, B_hat, K and C begin: a BLOCK_K of numbers, which no mask need cut
-SLICES = 8  # partial tiles of a view that gram's last phase loads at a time
+SLICE_COLUMNS = 512  # of a view's partial tiles, of which gram's last phase loads 16 rows at a time
 SUM_BLOCK = 1024  # partial sums added at a time
 CHUNK = 8192  # products a tensor core adds up before a rounded addition (blocks.py)
 FLOAT32_ELEMENTS = 2**16  # of an input, up to which half precision is multiplied in float32
@@ -65,7 +65,7 @@ AMPERE = accelerator.named("sm_80")
 INTERPRETED, INTERPRETED_UNITS = 80, 8  # Triton's interpreter takes that row of TABLE, and as many programs at once
 TMA_IN_INTERPRETER = False  # for tests
 GRAD_COLUMNS = 32768  # grad_columns, at least
-MAX_SPLIT = 32  # slices of D, of which gram's last phase reads that many partial tiles
+MAX_SPLIT = 64  # slices of D, of which gram's last phase reads that many partial tiles
 
 
 @dataclasses.dataclass(frozen=True)

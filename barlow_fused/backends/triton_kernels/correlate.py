@@ -39,6 +39,7 @@ def correlate_kernel(
     N, D, raw_limit,
     RAW: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
     EVEN: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    PADDED: tl.constexpr,  # zeros follow D up to the end of each row of A_hat and B_hat
 ):  # fmt: skip
     # GROUP rows of tiles at a time, so that programs that run together share their operands in L2.
     tiles = tl.cdiv(D, BLOCK)
@@ -48,6 +49,7 @@ def correlate_kernel(
     tile_i = first + (pid % (GROUP * tiles)) % group
     tile_j = (pid % (GROUP * tiles)) // group
     i = tile_i * BLOCK + tl.arange(0, BLOCK)
+    columns = a_n if PADDED else D  # a multiple of 16, up to which 16 bytes can be loaded at once whatever D is
     if RAW:
         j = tile_j * BLOCK + tl.arange(0, BLOCK)
         row = stats + i
@@ -64,13 +66,13 @@ def correlate_kernel(
             c = (c / N - mean_i[:, None] * mean_j[None, :]) * (rstd_i[:, None] * rstd_j[None, :])
         else:
             c = matmul(
-                a, a_d, a_n, tile_i * BLOCK, D, b, b_n, b_d, 0, tile_j * BLOCK, D, 0, N, N,
+                a, a_d, a_n, tile_i * BLOCK, columns, b, b_n, b_d, 0, tile_j * BLOCK, columns, 0, N, N,
                 BLOCK, BLOCK, BLOCK_K, 0, EVEN, False, False, TMA, True, False, PRECISION,
             )  # fmt: skip
             c = c / N
     else:
         c = matmul(
-            a, a_d, a_n, tile_i * BLOCK, D, b, b_n, b_d, 0, tile_j * BLOCK, D, 0, N, N,
+            a, a_d, a_n, tile_i * BLOCK, columns, b, b_n, b_d, 0, tile_j * BLOCK, columns, 0, N, N,
             BLOCK, BLOCK, BLOCK_K, 0, EVEN, False, False, TMA, True, False, PRECISION,
         )  # fmt: skip
         c = c / N

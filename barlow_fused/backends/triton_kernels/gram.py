@@ -54,6 +54,7 @@ def gram_kernel(
     SHIFT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, CHUNK: tl.constexpr,
     WHOLE_K: tl.constexpr, TMA: tl.constexpr, UNIT_STRIDE: tl.constexpr, PRECISION: tl.constexpr,
     TICKET: tl.constexpr, ROWS: tl.constexpr, SLICES: tl.constexpr,  # of partial tiles, that are loaded at a time
+    ONE_TILE: tl.constexpr,  # N <= BLOCK
     BLOCK_SUM: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -78,14 +79,14 @@ def gram_kernel(
     if CHUNK == 0:
         acc = _product(
             a, b, a_n, a_d, b_n, b_d, view, row, column, begin, end, N, D,
-            BLOCK, BLOCK_K, WHOLE_K, TMA, UNIT_STRIDE, PRECISION,
+            BLOCK, BLOCK_K, WHOLE_K, TMA, UNIT_STRIDE, PRECISION, ONE_TILE,
         )  # fmt: skip
         tl.store(out + i[:, None] * BLOCK + i[None, :], acc)
     else:  # blocks.matmul says why; a second accumulator waits in memory
         for chunk in range(begin, end, CHUNK):
             acc = _product(
                 a, b, a_n, a_d, b_n, b_d, view, row, column, chunk, tl.minimum(chunk + CHUNK, end), N, D,
-                BLOCK, BLOCK_K, WHOLE_K, TMA, UNIT_STRIDE, PRECISION,
+                BLOCK, BLOCK_K, WHOLE_K, TMA, UNIT_STRIDE, PRECISION, ONE_TILE,
             )  # fmt: skip
             left, right = halves(acc)
             _add(out, left, chunk > begin, 0, TICKET)
@@ -101,9 +102,11 @@ def gram_kernel(
             tile_ptr = partials + first_item * BLOCK * BLOCK + r[:, None] * BLOCK + i[None, :]
             k_a = tl.zeros([ROWS, BLOCK], tl.float32)
             k_b = tl.zeros([ROWS, BLOCK], tl.float32)
+            # The rest is above the diagonal.
+            wanted = (row + r < N)[:, None] & (column + i < row + start + ROWS)[None, :]
             for first in range(0, split, SLICES):
                 for offset in tl.static_range(SLICES):  # all loads, in one round, and then the sums, in their order
-                    there = first + offset < split
+                    there = (first + offset < split) & wanted
                     k_a += tl.load(tile_ptr, mask=there, other=0.0, cache_modifier=".cg")
                     k_b += tl.load(tile_ptr + view_stride, mask=there, other=0.0, cache_modifier=".cg")
                     tile_ptr += 2 * view_stride
@@ -137,13 +140,13 @@ def gram_kernel(
 def _product(
     a, b, a_n, a_d, b_n, b_d, view, row, column, begin, end, N, D,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE_K: tl.constexpr, TMA: tl.constexpr, UNIT_STRIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, ONE_TILE: tl.constexpr,
 ):  # fmt: skip
     """A tile of one view's K, summed over a part of D."""
     if TMA:
         acc = matmul(
             a, 0, 0, view * N + row, 2 * N, a, 0, 0, 0, view * N + column, 2 * N, begin, end, D,
-            BLOCK, BLOCK, BLOCK_K, 0, False, WHOLE_K, WHOLE_K, True, False, True, PRECISION,
+            BLOCK, BLOCK, BLOCK_K, 0, False, WHOLE_K, WHOLE_K, True, False, True, PRECISION, ONE_TILE,
         )  # fmt: skip
     else:
         x = tl.where(view == 0, a, b)
@@ -154,7 +157,7 @@ def _product(
             x_d = tl.where(view == 0, a_d, b_d)
         acc = matmul(
             x, x_n, x_d, row, N, x, x_d, x_n, 0, column, N, begin, end, D,
-            BLOCK, BLOCK, BLOCK_K, 0, False, WHOLE_K, WHOLE_K, False, False, True, PRECISION,
+            BLOCK, BLOCK, BLOCK_K, 0, False, WHOLE_K, WHOLE_K, False, False, True, PRECISION, ONE_TILE,
         )  # fmt: skip
     return acc
 

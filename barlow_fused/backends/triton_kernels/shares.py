@@ -35,8 +35,9 @@ def shares(chip: Chip, n: int, d: int, itemsize: int, blocks: Blocks) -> tuple[C
     """The first tiles, whose items run first, and the others; either may be none.
 
     A multiprocessor takes as many steps as its items have; about 8 more to start, store and hand over, which those that
-    share it do at once; and a tile's last phase about 2 a slice. The partial tiles may take the memory of the two input
-    gradients, which do not exist yet, and always that of one slice.
+    share it do at once; and a tile's last phase, bound by what one multiprocessor gets from L2, about 2 a slice. A tile
+    on the diagonal takes 1.25, since it reads no more than the triangle. The partial tiles may take the memory of the
+    two input gradients, which do not exist yet, and always that of one slice.
     """
     tiles, steps = triangle(n, blocks.m), cdiv(d, blocks.k)
     budget = max(2 * tiles, 2 * n * d * itemsize // (blocks.m**2 * 4))
@@ -46,10 +47,12 @@ def shares(chip: Chip, n: int, d: int, itemsize: int, blocks: Blocks) -> tuple[C
         length = cdiv(steps, slices)
         return Cut(count, cdiv(steps, length), length)
 
-    def time(choice: tuple[Cut, Cut]) -> int:
+    slice_time = 1.25 if tiles == 1 else 2
+
+    def time(choice: tuple[Cut, Cut]) -> float:
         programs = cdiv(sum(part.items for part in choice), chip.multiprocessors)
         slices = max(part.split for part in choice if part.tiles)
-        return busiest(choice, chip.multiprocessors) + cdiv(programs, resident) * 8 + 2 * slices
+        return busiest(choice, chip.multiprocessors) + cdiv(programs, resident) * 8 + slice_time * slices
 
     most = min(MAX_SPLIT, steps)
     choices = [(cut(tiles, slices), cut(0, 1)) for slices in range(1, most + 1)]
