@@ -2,8 +2,8 @@
 //
 //     P[m, n] = sum over k of a[m, k] * b[n, k]            both factors in half precision, k-major or mn-major each
 //
-// * A block is one producer warp and eight consumer warps (two warpgroups of 64 rows each; the producer's warpgroup is
-//   else empty). The producer asks for boxes of both factors, STAGES tiles of 64 k ahead; the consumers start wgmma on
+// * A block is one producer warp and eight consumer warps (two warpgroups of 64 rows each). The other three warps of the
+//   producer's warpgroup do nothing, or the input gradients' epilogue (hopper_epilogue.h). The producer asks for boxes of both factors, STAGES tiles of 64 k ahead; the consumers start wgmma on
 //   what has arrived. Each stage has two mbarriers: `full` counts the bytes that arrive, `empty` the warps that have
 //   read. Nobody waits for more than the data it needs.
 // * The grid is persistent: a block does one piece of work after the other, and while the consumers finish a tile, the
@@ -30,6 +30,14 @@ namespace barlow {
 struct Consumers {
   static constexpr int threads = 256;
   static BARLOW_DEVICE void barrier(BARLOW_SITE) { barrier_of<1, threads>(BARLOW_AT_SITE); }
+};
+// The three warps beside the producer, of kernels whose tiles are finished while the next ones are multiplied. A
+// warpgroup more is not to be had: with 512 threads ptxas gives a thread 128 registers, and P alone takes them.
+struct Finishers {
+  static constexpr int first = 288, threads = 96;
+  static BARLOW_DEVICE int thread() { return barlow::thread() - first; }
+  static BARLOW_DEVICE int warp() { return barlow::warp() - first / 32; }
+  static BARLOW_DEVICE void barrier(BARLOW_SITE) { barrier_of<2, threads, first>(BARLOW_AT_SITE); }
 };
 
 // What a block works on: `steps` tiles of k from k on, of the tile of P at (row, column).
@@ -137,15 +145,16 @@ struct HopperMultiply {
     place.advance();
   }
 
-  // What an epilogue reads comes through the same ring: a stage with 128 rows by 64 columns of x and of y. One thread.
-  static constexpr int x_box = 0, y_box = 128 * 128;  // where in the stage
-  static BARLOW_DEVICE void load_boxes(Place& place, const TensorMap& x, const TensorMap* y, int row, int column) {
+  // What the consumers read besides comes through the same ring: a stage with 128 rows by 128 columns of x, in two
+  // boxes. One thread.
+  static constexpr int rows_box = M * 128;  // bytes
+  static BARLOW_DEVICE void load_rows(Place& place, const TensorMap& x, int row, int column) {
     uint64_t* const arrived = full(place.stage);
     mbarrier_wait(empty(place.stage), place.phase ^ 1);
-    mbarrier_arrive_expect(arrived, y != nullptr ? 2 * y_box : y_box);
-    char* const to = stage(place);
-    copy_box(to + x_box, x, row, column, arrived);
-    if (y != nullptr) copy_box(to + y_box, *y, row, column, arrived);
+    mbarrier_arrive_expect(arrived, 2 * rows_box);
+    for (int box = 0; box < 2; ++box) {
+      copy_box(stage(place) + box * rows_box, x, row, column + box * box_columns, arrived);
+    }
     place.advance();
   }
   // The consumers' side of it: the stage, when it has arrived; and that this warp is done with it.
@@ -154,7 +163,6 @@ struct HopperMultiply {
     return stage(place);
   }
   static BARLOW_DEVICE void done(Place& place) {
-    async_fence();  // a warp may have written to it, and the next to write is the TMA
     warp_barrier();
     release(place.stage);
     place.advance();
@@ -235,12 +243,14 @@ struct ColumnsOf {
 //       BARLOW_DEVICE Job(const Params&);                 // by every thread
 //       BARLOW_DEVICE void produce(Place&, int work);     // by the producer warp; what it loads, lane 0 loads
 //       BARLOW_DEVICE void consume(Place&, int work);     // by the consumers
+//       BARLOW_DEVICE void finish(int work);              // by the finishers, where FINISH
 //       static constexpr int epilogue_bytes;              // from Product::epilogue_memory() on
 //       static constexpr const char* name;
 //     };
 //
-// A cluster takes works in turn. Both sides go through the same stages of the ring in the same order.
-template <class Job>
+// A cluster takes works in turn. Both sides go through the same stages of the ring in the same order. With FINISH a
+// tile's epilogue is a third side's, beside the next tile's product.
+template <class Job, bool FINISH = false>
 struct HopperKernel {
   using Product = typename Job::Product;
   using Params = typename Job::Params;
@@ -254,19 +264,24 @@ struct HopperKernel {
   static BARLOW_DEVICE void run(const Params& params) {
     Job job(params);
     Product::template begin<cluster>();
-    const int first = block_id() / cluster, step = grid_size() / cluster;
+    // Each side counts for itself: what all had in registers, all would keep there.
+    const auto each_work = [&params](auto act) {
+      for (int work = block_id() / cluster; work < params.works; work += grid_size() / cluster) act(work);
+    };
     typename Product::Place place;
     if (thread() >= Consumers::threads) {
-      fewer_registers<40>();
+      fewer_registers<FINISH ? 168 : 40>();  // of the 168 that a launch gives each of 384 threads
       if (warp() == Consumers::threads / 32) {
-        for (int work = first; work < params.works; work += step) {
+        each_work([&](int work) {
           job.produce(place, work);
           warp_barrier();
-        }
+        });
+      } else if constexpr (FINISH) {
+        each_work([&](int work) { job.finish(work); });
       }
     } else {
-      more_registers<232>();
-      for (int work = first; work < params.works; work += step) job.consume(place, work);
+      more_registers<FINISH ? 168 : 232>();
+      each_work([&](int work) { job.consume(place, work); });
     }
     Product::template end<cluster>();
   }
