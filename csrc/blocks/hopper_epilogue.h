@@ -12,7 +12,8 @@
 // * There is room for one tile. `given` and `taken` are the two sides' turns: nobody puts a tile before the last one has
 //   been taken. As long as finishing takes less than a product, nobody waits.
 // * A finishers' warp takes every third row, a lane eight neighbouring columns of it. So what belongs to a feature stays
-//   in registers, and own, other and the gradient are whole rows of 512 bytes, read eight rows ahead.
+//   in registers, and own, other and the gradient are whole rows of 512 bytes, read up to eight rows ahead.
+// * Beside the last tile there is no product: the consumers help, and a warp takes every eleventh row.
 //
 // What it costs: P's rounding, 2^-9 in bfloat16, as much as the gradient's own, and a stage of the ring.
 #pragma once
@@ -67,7 +68,7 @@ struct HandOver {
   BARLOW_DEVICE void put(const typename Product::Accumulator& acc, int box) const {
 #pragma unroll
     for (int j = 0; j < box_fragments; ++j) {
-      const float(&x)[4] = acc[0][box * box_fragments + j];
+      const float (&x)[4] = acc[0][box * box_fragments + j];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         *in_box(memory.p[box], j, h) = pack_two<T>(x[2 * h] * scale, x[2 * h + 1] * scale);
@@ -82,6 +83,9 @@ struct HandOver {
 
   // The finishers' side.
   BARLOW_DEVICE void wait_for_tile() const { mbarrier_wait(&memory.given, tiles % 2); }
+  BARLOW_DEVICE void wait_for_last_tile() const {
+    mbarrier_wait(&memory.given, (tiles - 1) % 2);
+  }  // the consumers, too
   // Eight numbers of a row: columns 8 lane and following.
   BARLOW_DEVICE void get(int row, float (&x)[8]) const {
     const char* const from = memory.p[lane() / 8] + row * 128 + (lane() % 8 ^ row % 8) * 16;
@@ -94,27 +98,37 @@ struct HandOver {
   }
 };
 
-// A finishers' thread makes, of two matrices' rows of a tile, a third's. Reads are under way six rows ahead: as many as
-// registers hold.
-template <class T, int AHEAD>
-struct FinishedRows {
-  static constexpr int ahead = AHEAD, step = Finishers::threads / 32;  // rows
+// A warp's rows of a tile.
+struct RowShare {
+  int first, step;
+};
+BARLOW_DEVICE RowShare finishers_share(bool helped) {
+  return {Finishers::warp(), helped ? Everyone::threads / 32 : Finishers::threads / 32};
+}
+BARLOW_DEVICE RowShare helpers_share() { return {Finishers::threads / 32 + warp(), Everyone::threads / 32}; }
 
+// A thread makes, of two matrices' rows of a tile, a third's. Reads are under way `ahead` rows ahead: as many as its
+// registers hold.
+template <class T, int ahead>
+struct FinishedRows {
+  RowShare share;
   int rows;  // of this warp that exist, where this lane's columns do
   int64_t x_step, y_step, to_step;
   const T *next_x, *next_y;
   T* to;
   Vec16 ahead_x[ahead], ahead_y[ahead];
 
-  // Of n rows and d columns, from `row` and `column` on.
-  BARLOW_DEVICE FinishedRows(const Matrix& x, const Matrix& y, const Matrix& out, int n, int d, int row, int column) {
-    rows = column + lane() * 8 < d ? ceil_div(smaller(128, n - row) - Finishers::warp(), step) : 0;
+  // From `row` and `column` on.
+  BARLOW_DEVICE FinishedRows(const Matrix& x, const Matrix& y, const Matrix& out, const InputGrad& p, RowShare share,
+                             int row, int column)
+      : share(share) {
+    rows = column + lane() * 8 < p.d ? ceil_div(smaller(128, p.n - row) - share.first, share.step) : 0;
     next_x = first(x, row, column);
     next_y = first(y, row, column);
     to = first(out, row, column);
-    x_step = step * x.row_stride;
-    y_step = step * y.row_stride;
-    to_step = step * out.row_stride;
+    x_step = share.step * x.row_stride;
+    y_step = share.step * y.row_stride;
+    to_step = share.step * out.row_stride;
 #pragma unroll
     for (int s = 0; s < ahead; ++s) {
       if (s < rows) read(s);
@@ -133,7 +147,7 @@ struct FinishedRows {
         unpack(ahead_y[s], b, T{});
         if (begin + s + ahead < rows) read(s);
         if (begin + s < rows) {
-          f(Finishers::warp() + step * (begin + s), a, b, g);
+          f(share.first + share.step * (begin + s), a, b, g);
           store(reinterpret_cast<Vec16*>(to), pack(g, T{}));
         }
         to += to_step;
@@ -142,8 +156,8 @@ struct FinishedRows {
   }
 
  private:
-  static BARLOW_DEVICE T* first(const Matrix& m, int row, int column) {
-    return static_cast<T*>(m.data) + (row + Finishers::warp()) * m.row_stride + column + lane() * 8;
+  BARLOW_DEVICE T* first(const Matrix& m, int row, int column) const {
+    return static_cast<T*>(m.data) + (row + share.first) * m.row_stride + column + lane() * 8;
   }
   BARLOW_DEVICE void read(int s) {
     ahead_x[s] = load(reinterpret_cast<const Vec16*>(next_x));

@@ -2,8 +2,8 @@
 //
 //     P[m, n] = sum over k of a[m, k] * b[n, k]            both factors in half precision, k-major or mn-major each
 //
-// * A block is one producer warp and eight consumer warps (two warpgroups of 64 rows each). The other three warps of the
-//   producer's warpgroup do nothing, or the input gradients' epilogue (hopper_epilogue.h). The producer asks for boxes of both factors, STAGES tiles of 64 k ahead; the consumers start wgmma on
+// * A block is eight consumer warps (two warpgroups of 64 rows each) and one producer warp. The other three warps of its
+//   warpgroup do nothing, or the input gradients' epilogue (hopper_epilogue.h). The producer asks for boxes of both factors, STAGES tiles of 64 k ahead; the consumers start wgmma on
 //   what has arrived. Each stage has two mbarriers: `full` counts the bytes that arrive, `empty` the warps that have
 //   read. Nobody waits for more than the data it needs.
 // * The grid is persistent: a block does one piece of work after the other, and while the consumers finish a tile, the
@@ -31,13 +31,18 @@ struct Consumers {
   static constexpr int threads = 256;
   static BARLOW_DEVICE void barrier(BARLOW_SITE) { barrier_of<1, threads>(BARLOW_AT_SITE); }
 };
-// The three warps beside the producer, of kernels whose tiles are finished while the next ones are multiplied. A
-// warpgroup more is not to be had: with 512 threads ptxas gives a thread 128 registers, and P alone takes them.
+// Three warps more, of kernels whose tiles are finished while the next ones are multiplied; the last warp is the producer.
+// A warpgroup is not to be had: with 512 threads ptxas gives a thread 128 registers, and P alone takes them.
 struct Finishers {
-  static constexpr int first = 288, threads = 96;
+  static constexpr int first = Consumers::threads, threads = 96;
   static BARLOW_DEVICE int thread() { return barlow::thread() - first; }
   static BARLOW_DEVICE int warp() { return barlow::warp() - first / 32; }
   static BARLOW_DEVICE void barrier(BARLOW_SITE) { barrier_of<2, threads, first>(BARLOW_AT_SITE); }
+};
+// Both, at the end, when nothing is left to multiply.
+struct Everyone {
+  static constexpr int threads = Consumers::threads + Finishers::threads;
+  static BARLOW_DEVICE void barrier(BARLOW_SITE) { barrier_of<3, threads>(BARLOW_AT_SITE); }
 };
 
 // What a block works on: `steps` tiles of k from k on, of the tile of P at (row, column).
@@ -243,7 +248,8 @@ struct ColumnsOf {
 //       BARLOW_DEVICE Job(const Params&);                 // by every thread
 //       BARLOW_DEVICE void produce(Place&, int work);     // by the producer warp; what it loads, lane 0 loads
 //       BARLOW_DEVICE void consume(Place&, int work);     // by the consumers
-//       BARLOW_DEVICE void finish(int work);              // by the finishers, where FINISH
+//       BARLOW_DEVICE void finish(int work, bool last);   // by the finishers, where FINISH
+//       BARLOW_DEVICE void help(int work);                // by the consumers, who have nothing left but the last one
 //       static constexpr int epilogue_bytes;              // from Product::epilogue_memory() on
 //       static constexpr const char* name;
 //     };
@@ -257,6 +263,9 @@ struct HopperKernel {
   static constexpr const char* name = Job::name;
   static constexpr int threads = Product::threads, cluster = Job::cluster;
   static constexpr int blocks_per_sm = 1;
+  // Of a thread: a launch gives each of 384 threads 168. Finishers need as many as consumers; said as well, or ptxas
+  // lets the two sides share their code, and spills.
+  static constexpr int producer_registers = FINISH ? 168 : 40, consumer_registers = FINISH ? 168 : 232;
   static constexpr bool persistent = true;
   static constexpr int shared_bytes = Product::shared_bytes + Job::epilogue_bytes;
   static_assert(shared_bytes <= 227 * 1024, "fits a multiprocessor");
@@ -264,24 +273,28 @@ struct HopperKernel {
   static BARLOW_DEVICE void run(const Params& params) {
     Job job(params);
     Product::template begin<cluster>();
-    // Each side counts for itself: what all had in registers, all would keep there.
+    // Each side counts for itself: what all had in registers, all would keep there. The last work is returned.
     const auto each_work = [&params](auto act) {
-      for (int work = block_id() / cluster; work < params.works; work += grid_size() / cluster) act(work);
+      const int step = grid_size() / cluster;
+      int work = block_id() / cluster;
+      for (; work < params.works; work += step) act(work, work + step >= params.works);
+      return work - step;
     };
     typename Product::Place place;
     if (thread() >= Consumers::threads) {
-      fewer_registers<FINISH ? 168 : 40>();  // of the 168 that a launch gives each of 384 threads
-      if (warp() == Consumers::threads / 32) {
-        each_work([&](int work) {
+      fewer_registers<producer_registers>();
+      if (warp() == threads / 32 - 1) {
+        each_work([&](int work, bool) {
           job.produce(place, work);
           warp_barrier();
         });
       } else if constexpr (FINISH) {
-        each_work([&](int work) { job.finish(work); });
+        each_work([&](int work, bool last) { job.finish(work, last); });
       }
     } else {
-      more_registers<FINISH ? 168 : 232>();
-      each_work([&](int work) { job.consume(place, work); });
+      more_registers<consumer_registers>();
+      const int last = each_work([&](int work, bool) { job.consume(place, work); });
+      if constexpr (FINISH) job.help(last);
     }
     Product::template end<cluster>();
   }

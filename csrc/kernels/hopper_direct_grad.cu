@@ -66,9 +66,17 @@ struct DirectGradJob {
     tile.give();
   }
 
-  BARLOW_DEVICE void finish(int work) {
+  BARLOW_DEVICE void finish(int work, bool last) {
+    walk(work, finishers_share(last), [this] { tile.wait_for_tile(); });
+    tile.take();
+  }
+  BARLOW_DEVICE void help(int work) {
+    walk(work, helpers_share(), [this] { tile.wait_for_last_tile(); });
+  }
+
+  template <class Wait>
+  BARLOW_DEVICE void walk(int work, RowShare share, Wait wait) const {
     const InputGrad& p = params.p;
-    const EpilogueMatrices& m = params.m;
     int row, column;
     place(work, row, column);
     float of_p[8], of_y[8], of_x[8], offset[8];
@@ -83,14 +91,13 @@ struct DirectGradJob {
         offset[e] = w.weight_x[e] * w.offset_x[e] + w.offset_y[e];
       }
     }
-    FinishedRows<T, 6> rows(m.own, m.other, m.grad, p.n, p.d, row, column);
-    tile.wait_for_tile();
-    rows.each([&](int r, const float(&own)[8], const float(&other)[8], float(&g)[8]) {
+    FinishedRows<T, 8> rows(params.m.own, params.m.other, params.m.grad, p, share, row, column);
+    wait();
+    rows.each([&](int r, const float (&own)[8], const float (&other)[8], float (&g)[8]) {
       tile.get(r, g);
 #pragma unroll
       for (int e = 0; e < 8; ++e) g[e] = of_p[e] * g[e] + (of_y[e] * other[e] + (of_x[e] * own[e] + offset[e]));
     });
-    tile.take();
   }
 };
 

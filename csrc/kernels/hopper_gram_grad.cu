@@ -41,7 +41,7 @@ struct GramGradJob {
   // offset lack what only they tell, `late` times the sum, of the multiple of own.
   enum { of_p, of_y, of_x, of_offset, combined, of_scale = combined, of_offset_own, of_late, weight_count };
   struct Memory {
-    typename Tile::Memory tile;  // 128-byte aligned
+    typename Tile::Memory tile;                       // 128-byte aligned
     float sums[Consumers::threads / 32][Product::N];  // of A_hat P: each consumers' warp's rows
     float totals[2][Product::N];                      // all of this block's rows; this slab's and the next one's
     float weights[weight_count][Product::N];
@@ -49,7 +49,7 @@ struct GramGradJob {
   };
   static constexpr const char* name = "gram_grad";
   static constexpr int epilogue_bytes = sizeof(Memory);
-  static constexpr int ahead = WALK ? 4 : 8;  // rows that a finisher reads ahead: as many as its registers hold
+  using Rows = FinishedRows<T, WALK ? 5 : 8>;
   static constexpr int features = 4;  // neighbours, whose weights a finisher works out: two of the three warps do
 
   const Params& params;
@@ -115,7 +115,7 @@ struct GramGradJob {
     float sums[2 * box_fragments];
 #pragma unroll
     for (int j = 0; j < box_fragments; ++j) {
-      const float(&p)[4] = acc[0][c * box_fragments + j];
+      const float (&p)[4] = acc[0][c * box_fragments + j];
       float upper[2], lower[2];
       unpack_two<T>(*in_box(rows, j, 0), upper);
       unpack_two<T>(*in_box(rows, j, 1), lower);
@@ -128,38 +128,64 @@ struct GramGradJob {
     to[1] = sums[1];
   }
 
-  BARLOW_DEVICE void finish(int work) {
-    const InputGrad& p = params.p;
+  BARLOW_DEVICE void finish(int work, bool last) {
     const int view = view_of(work), column = column_of(work);
-    const EpilogueMatrices& m = params.m[view];
     Finishers::barrier();  // everybody has the last slab's weights
     if (has_features()) make_weights(view, column);
     Finishers::barrier();
 #pragma unroll 1
     for (int part = 0; part < parts(); ++part) {
-      FinishedRows<T, ahead> rows(m.own, m.other, m.grad, p.n, p.d, row_of(part), column);
+      const bool helped = last && !WALK;
+      Rows rows = rows_of(work, part, finishers_share(helped), false);
       tile.wait_for_tile();
-      if (p.normalized) add_totals(part);
-      if (p.normalized && !WALK) receive_totals();
-      float of[combined][8];
-      load_weights<of_p>(of);
-      rows.each([&](int row, const float(&own)[8], const float(&other)[8], float(&g)[8]) {
-        tile.get(row, g);
-#pragma unroll
-        for (int e = 0; e < 8; ++e) {
-          g[e] = of[of_p][e] * g[e] + (of[of_y][e] * other[e] + (of[of_x][e] * own[e] + of[of_offset][e]));
-        }
-      });
+      if (params.p.normalized) add_totals(part);
+      if (params.p.normalized && !WALK) receive_totals();
+      if (helped) Everyone::barrier();  // the weights
+      first_walk(rows);
       tile.take();
     }
-    if (!WALK || !p.normalized) return;
+    if (!WALK || !params.p.normalized) return;
     receive_totals();
+    if (last) Everyone::barrier();  // the weights, and what is stored
+    second_walk(work, finishers_share(last));
+  }
+
+  // Where blocks walk twice, with the second walk.
+  BARLOW_DEVICE void help(int work) {
+    if constexpr (WALK) {
+      if (!params.p.normalized) return;
+      Everyone::barrier();
+      second_walk(work, helpers_share());
+    } else {
+      Rows rows = rows_of(work, 0, helpers_share(), false);
+      Everyone::barrier();
+      first_walk(rows);
+    }
+  }
+
+  // Own, and the other view or what is stored.
+  BARLOW_DEVICE Rows rows_of(int work, int part, RowShare share, bool stored) const {
+    const EpilogueMatrices& m = params.m[view_of(work)];
+    return {m.own, stored ? m.grad : m.other, m.grad, params.p, share, row_of(part), column_of(work)};
+  }
+  BARLOW_DEVICE void first_walk(Rows& rows) const {
+    float of[combined][8];
+    load_weights<of_p>(of);
+    rows.each([&](int row, const float (&own)[8], const float (&other)[8], float (&g)[8]) {
+      tile.get(row, g);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        g[e] = of[of_p][e] * g[e] + (of[of_y][e] * other[e] + (of[of_x][e] * own[e] + of[of_offset][e]));
+      }
+    });
+  }
+  BARLOW_DEVICE void second_walk(int work, RowShare share) const {
     float of[combined][8];
     load_weights<of_x>(of);
 #pragma unroll 1
-    for (int part = 0; part < parts(); ++part) {  // each thread reads what it has stored itself
-      FinishedRows<T, 6> rows(m.own, m.grad, m.grad, p.n, p.d, row_of(part), column);
-      rows.each([&](int, const float(&own)[8], const float(&stored)[8], float(&g)[8]) {
+    for (int part = 0; part < params.parts; ++part) {
+      Rows rows = rows_of(work, part, share, true);
+      rows.each([&](int, const float (&own)[8], const float (&stored)[8], float (&g)[8]) {
 #pragma unroll
         for (int e = 0; e < 8; ++e) g[e] = stored[e] + (of[of_x][e] * own[e] + of[of_offset][e]);
       });
@@ -294,8 +320,13 @@ void consider(ClusterChoice& best, int64_t& least, int n, int64_t slabs, int dev
   const int rows = ceil_div(n, 128), parts = ceil_div(rows, CLUSTER);
   const int at_once = clusters_at_once<HopperKernel<GramGradJob<bfloat16, CLUSTER, WALK>, true>>(device);
   if (at_once == 0 || WALK != (parts > 1)) return;
-  // A row tile takes its steps, and about as long as 7 more for its epilogue, or 10 where it walks twice.
-  const int64_t time = ceil_div(slabs, int64_t{at_once}) * parts * (ceil_div(n, 64) + (WALK ? 10 : 7));
+  // In tenths of a step, by planning/cuda.py's figures. A row tile takes what the longest of three takes: the consumers'
+  // steps and sums, the finishers' walks, or L2, which hands out 32 KiB a step. The last walks run beside nothing.
+  const int64_t steps = ceil_div(n, 64);
+  const int64_t multiply = 10 * steps + 22, finish = WALK ? 244 : 90;
+  const int64_t read = (10 * steps * (16 + 32 / CLUSTER) + (WALK ? 3200 : 1920)) / 32;
+  const int64_t tile = larger(multiply, larger(finish, read)), last = WALK ? 122 * (parts + 1) : 90;
+  const int64_t time = ceil_div(slabs, int64_t{at_once}) * parts * tile + last;
   if (time < least) {
     least = time;
     best = {CLUSTER, WALK, at_once};
