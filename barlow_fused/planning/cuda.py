@@ -9,9 +9,10 @@ What they assume:
   ``gram_steps`` and ``gram_grad_tiles`` with the kernels' plans.
 * An epilogue takes as long as its instructions, of 8 warps, 4 a cycle and multiprocessor at 1.75 GHz, and 1 us for what
   it waits for; products do not overlap it. ``python -m benchmarks.kernels --cuda`` counts the instructions.
-* The input gradients' consumers only add up and hand over: they wait for 0.5 us, since what they need next is under way.
-  Three finishers then make the gradient beside the next product: 43 rows a warp, which issues an instruction every other
-  cycle, and a read takes 0.8 us, as many rows ahead as a finisher holds. Whichever takes longer counts.
+* The input gradients' consumers only add up and hand over, and wait for 0.5 us, since what they need next is under
+  way. Three warps of finishers then make the gradient beside the next product, 43 rows each, and eleven warps that of
+  the last tile, 12 rows each: a warp issues an instruction every other cycle, and a read takes 0.8 us, as many rows
+  ahead as a thread holds. Whichever takes longer counts.
 * L2 hands out no more than it does for that large product, whose clusters of two read 32 KiB a step and multiprocessor.
 * normalize reads and writes memory at 85 % of a copy's rate.
 * Handing over a tile of K and adding it up takes 9 us, or 4 where it is shared out in eight.
@@ -35,11 +36,11 @@ ISSUE_RATE = 4 * 1.75e9  # instructions of warps a second
 EPILOGUE_WAIT = 1e-6
 EPILOGUES = {"gram_grad": 930, "correlate": 4000, "direct_grad": 340}  # instructions of the consumers
 HAND_OVER_WAIT = 0.5e-6
-ROWS = 43  # of a tile, a finishers' warp
+ROWS, LAST_ROWS = 43, 12  # of a tile, a finishers' warp; where the consumers help
 READ = 0.8e-6  # of a row, from L2 or memory
 STEP_READS = 32 * 132  # KiB that L2 hands out in the time of a step
 # Of finishers: instructions of a row, and rows read ahead
-WALKS = {"gram_grad": (105, 8), "first": (108, 4), "second": (80, 4), "direct_grad": (104, 6)}
+WALKS = {"gram_grad": (105, 8), "first": (106, 5), "second": (80, 5), "direct_grad": (104, 8)}
 
 
 class Times(NamedTuple):
@@ -70,8 +71,8 @@ def predict(n: int, d: int, route: str, gpu: KnownGpu) -> Times:
     tiles = _cdiv(n, 256) * _cdiv(d, 256)
     multiply = _cdiv(d, 64) * step + _epilogue("direct_grad", HAND_OVER_WAIT)
     reads = (32 * _cdiv(d, 64) + 128) / 32 * step
-    finish = _walk("direct_grad")
-    gradient = 2 * (_cdiv(tiles, CLUSTERS[2]) * max(multiply, finish, reads) + finish + LAUNCH)
+    gradient = _cdiv(tiles, CLUSTERS[2]) * max(multiply, _walk("direct_grad"), reads)
+    gradient = 2 * (gradient + _walk("direct_grad", LAST_ROWS) + LAUNCH)
     return Times(normalize, product, gradient)
 
 
@@ -107,10 +108,11 @@ def _gram_grad_clusters(n: int, d: int) -> tuple[int, int, int]:
     for cluster, at_once in CLUSTERS.items():
         rounds, parts = _cdiv(slabs, at_once), _cdiv(rows, cluster)
         walk = parts > 1
-        read = (10 * steps * (16 + 32 // cluster) + (3200 if walk else 1920)) // 32
-        tile = max(10 * steps + 22, 244 if walk else 90, read)
-        time = rounds * parts * tile + (122 * (parts + 1) if walk else 90)
-        options.append((time, cluster, rounds, parts))
+        read = 10 * (steps * (16 + 32 // cluster) + (320 if walk else 192)) // 32
+        tile = max(10 * steps + 22, 195 if walk else 73, read)
+        time = rounds * parts * tile + (112 + 27 * parts if walk else 35)
+        unequal = 100 * rounds * parts * MULTIPROCESSORS > 115 * rows * slabs
+        options.append(((unequal, time), cluster, rounds, parts))
     return min(options, key=lambda option: option[0])[1:]
 
 
@@ -121,17 +123,18 @@ def _gram_grad(n: int, cluster: int, rounds: int, parts: int, step: float) -> fl
     reads = (steps * (16 + 32 / cluster) + reads) * cluster * CLUSTERS[cluster] / STEP_READS * step
     multiply = steps * step + _epilogue("gram_grad", HAND_OVER_WAIT)
     if parts == 1:
-        finish = last = _walk("gram_grad") + EPILOGUE_WAIT  # for the cluster's sums
+        finish = _walk("gram_grad")
+        last = _walk("gram_grad", LAST_ROWS) + EPILOGUE_WAIT  # for the cluster's sums
     else:
         finish = _walk("first") + _walk("second")
-        last = _walk("first") + EPILOGUE_WAIT + parts * _walk("second")
-    return rounds * parts * max(multiply, finish, reads) + last
+        last = _walk("first") + EPILOGUE_WAIT + parts * _walk("second", LAST_ROWS)
+    return multiply + (rounds * parts - 1) * max(multiply, finish, reads) + last
 
 
-def _walk(kernel: str) -> float:
-    """A finishers' warp over its rows of a tile."""
+def _walk(kernel: str, rows: int = ROWS) -> float:
+    """A warp over its rows of a tile."""
     instructions, ahead = WALKS[kernel]
-    return ROWS * max(2 * instructions / (ISSUE_RATE / 4), READ / ahead)
+    return rows * max(2 * instructions / (ISSUE_RATE / 4), READ / ahead)
 
 
 def _epilogue(kernel: str, wait: float = EPILOGUE_WAIT) -> float:

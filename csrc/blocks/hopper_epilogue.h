@@ -1,18 +1,18 @@
 // hopper_epilogue.h: how the input gradients' epilogue runs beside the next tile's product.
 //
 // wgmma leaves P in the consumers' registers, where the next product wants to go. So the consumers round it to half
-// precision, put it into shared memory and go on; the producer's three neighbours, the finishers, make the gradient of it:
+// precision, put it into shared memory and go on; the finishers, the producer's three neighbours, make the gradient:
 //
 //     consumers    product 0 | put 0 | product 1         | put 1 | product 2 ...
 //     finishers                      | finish 0 |                | finish 1 |
 //
-// * The tile lies there as boxes of 128 rows by 64 columns, swizzled as the TMA would: a consumers' thread has two rows,
-//   g and g + 8, and of each fragment of 8 columns two, 2 t and 2 t + 1 (lane = 4 g + t), and eight rows of 16 bytes fall
-//   into eight different groups of banks.
-// * There is room for one tile. `given` and `taken` are the two sides' turns: nobody puts a tile before the last one has
-//   been taken. As long as finishing takes less than a product, nobody waits.
-// * A finishers' warp takes every third row, a lane eight neighbouring columns of it. So what belongs to a feature stays
-//   in registers, and own, other and the gradient are whole rows of 512 bytes, read up to eight rows ahead.
+// * The tile lies there as boxes of 128 rows by 64 columns, swizzled as the TMA would: a consumers' thread has two
+//   rows, g and g + 8, and of each fragment of 8 columns two, 2 t and 2 t + 1 (lane = 4 g + t), and eight rows of 16
+//   bytes fall into eight different groups of banks.
+// * There is room for one tile. `given` and `taken` are the two sides' turns: nobody puts a tile before the last one
+//   has been taken. As long as finishing takes less than a product, nobody waits.
+// * A finishers' warp takes every third row, a lane eight neighbouring columns of it. So what belongs to a feature
+//   stays in registers, and own, other and the gradient are whole rows of 512 bytes, read up to eight rows ahead.
 // * Beside the last tile there is no product: the consumers help, and a warp takes every eleventh row.
 //
 // What it costs: P's rounding, 2^-9 in bfloat16, as much as the gradient's own, and a stage of the ring.
@@ -27,8 +27,8 @@ namespace barlow {
 
 constexpr int box_fragments = box_columns / 8;
 
-// Where this thread's two numbers of fragment j lie, in the first (h = 0) or second of its rows. One register serves all
-// fragments: j only flips bits of it.
+// Where this thread's two numbers of fragment j lie, in the first (h = 0) or second of its rows. One register serves
+// all fragments: j only flips bits of it.
 BARLOW_DEVICE uint32_t* in_box(char* box, int j, int h) {
   const int g = lane() / 4, first = (warp() * 16 + g) * 128 + g * 16 + lane() % 4 * 4;
   return reinterpret_cast<uint32_t*>(box + (first ^ j * 16) + h * 8 * 128);

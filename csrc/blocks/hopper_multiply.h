@@ -2,10 +2,10 @@
 //
 //     P[m, n] = sum over k of a[m, k] * b[n, k]            both factors in half precision, k-major or mn-major each
 //
-// * A block is eight consumer warps (two warpgroups of 64 rows each) and one producer warp. The other three warps of its
-//   warpgroup do nothing, or the input gradients' epilogue (hopper_epilogue.h). The producer asks for boxes of both factors, STAGES tiles of 64 k ahead; the consumers start wgmma on
-//   what has arrived. Each stage has two mbarriers: `full` counts the bytes that arrive, `empty` the warps that have
-//   read. Nobody waits for more than the data it needs.
+// * A block is eight consumer warps (two warpgroups of 64 rows each) and one producer warp. The other three warps of
+//   its warpgroup do nothing, or the input gradients' epilogue (hopper_epilogue.h). The producer asks for boxes of both
+//   factors, STAGES tiles of 64 k ahead; the consumers start wgmma on what has arrived. Each stage has two mbarriers:
+//   `full` counts the bytes that arrive, `empty` the warps that have read. Nobody waits for more than the data it needs.
 // * The grid is persistent: a block does one piece of work after the other, and while the consumers finish a tile, the
 //   producer already fills the ring for the next one.
 // * Accumulators live in registers: 128 of them a thread for 128 x 256. The producer gives its registers to the
@@ -31,8 +31,8 @@ struct Consumers {
   static constexpr int threads = 256;
   static BARLOW_DEVICE void barrier(BARLOW_SITE) { barrier_of<1, threads>(BARLOW_AT_SITE); }
 };
-// Three warps more, of kernels whose tiles are finished while the next ones are multiplied; the last warp is the producer.
-// A warpgroup is not to be had: with 512 threads ptxas gives a thread 128 registers, and P alone takes them.
+// Three warps more, of kernels whose tiles are finished while the next ones are multiplied; the last warp is the
+// producer. A warpgroup is not to be had: with 512 threads ptxas gives a thread 128 registers, and P alone takes them.
 struct Finishers {
   static constexpr int first = Consumers::threads, threads = 96;
   static BARLOW_DEVICE int thread() { return barlow::thread() - first; }

@@ -1,10 +1,11 @@
 // direct_grad on Hopper: direct_grad.h with hopper_multiply.h's product and hopper_epilogue.h, half precision.
 //
-// A cluster of two blocks computes 256 x 256 of P at a time, 128 rows each. Of each feature four numbers are worked out
-// once for a tile, grad = weight_p P + weight_y y + weight_x x + offset, with x and y as they lie in memory.
+// A cluster of two blocks computes 256 x 256 of P at a time, 128 rows each. The consumers multiply and hand P over. The
+// finishers work out four weights of each feature, grad = p P + (y Y + (x X + offset)), with X and Y as they lie in
+// memory, and make the gradient while the consumers are at the next tile.
 //
-// N = 8192, D = 2048: 512 tiles of 128 x 256 and 32 steps of 1024 cycles for 132 multiprocessors, four waves; a tile's
-// epilogue reads 128 KiB, loaded ahead by the TMA, and writes 64 KiB.
+// N = 8192, D = 2048: 512 tiles of 128 x 256 and 32 steps of 1024 cycles for 132 multiprocessors, four waves; finishing
+// a tile reads 128 KiB and writes 64 KiB.
 #include "blocks/grouped.h"
 #include "blocks/hopper_epilogue.h"
 #include "kernels/direct_grad.h"

@@ -1,11 +1,16 @@
 // gram_grad on Hopper: gram_grad.h with hopper_multiply.h's product and hopper_epilogue.h, half precision.
 //
 // A cluster of 2, 4 or 8 blocks owns a slab of 256 features with all N rows: each block computes row tiles of 128 of P,
-// all of them share the tile of A_hat (or B_hat), of which each fetches a part. Where every block has one row tile, P
-// waits in registers while the blocks add up their sums of own q through distributed shared memory, always in the order
-// of the blocks: the gradient is stored once, and no second walk over memory is needed. Else a block walks over its row
-// tiles, and over what it has stored, as gram_grad.h says. A slab of 2048 rows is 1 MiB of the gradient and 1 MiB of
-// own: the 33 clusters of 4 that run at once find 66 MiB of them, more than half still in L2.
+// all of them share the tile of A_hat (or B_hat), of which each fetches a part. The consumers multiply, add up A_hat P
+// over their rows, and hand P over; the finishers add up the sums of the cluster's blocks through distributed shared
+// memory, always in the order of the blocks, and make the gradient, while the consumers are at the next tile.
+//
+// Where every block has one row tile, P waits for the sums, and the gradient is stored once: no second walk over memory
+// is needed. Else a block walks over its row tiles, and over what it has stored, as gram_grad.h says; the second walk
+// runs beside the next slab's products.
+//
+// own q differs from what gram_grad.h adds up by own's rounding: A_hat, half precision, lies in L2 already. It makes
+// 2^-9 of what the sums tell, divided by sqrt(N), and saves the consumers the features' weights.
 //
 // The cluster is chosen by how long all slabs take. Fewer blocks leave fewer row tiles empty (1100 rows are 9 tiles: 10
 // with clusters of 2, 16 with clusters of 8) and fill the chip better: it holds 15 clusters of 8, 33 of 4, 66 of 2.
@@ -320,13 +325,15 @@ void consider(ClusterChoice& best, int64_t& least, int n, int64_t slabs, int dev
   const int rows = ceil_div(n, 128), parts = ceil_div(rows, CLUSTER);
   const int at_once = clusters_at_once<HopperKernel<GramGradJob<bfloat16, CLUSTER, WALK>, true>>(device);
   if (at_once == 0 || WALK != (parts > 1)) return;
-  // In tenths of a step, by planning/cuda.py's figures. A row tile takes what the longest of three takes: the consumers'
-  // steps and sums, the finishers' walks, or L2, which hands out 32 KiB a step. The last walks run beside nothing.
-  const int64_t steps = ceil_div(n, 64);
-  const int64_t multiply = 10 * steps + 22, finish = WALK ? 244 : 90;
-  const int64_t read = (10 * steps * (16 + 32 / CLUSTER) + (WALK ? 3200 : 1920)) / 32;
-  const int64_t tile = larger(multiply, larger(finish, read)), last = WALK ? 122 * (parts + 1) : 90;
-  const int64_t time = ceil_div(slabs, int64_t{at_once}) * parts * tile + last;
+  // In tenths of a step, by planning/cuda.py's figures. A row tile takes what the longest of three takes: the
+  // consumers' steps and sums, the finishers' walks, or L2, which hands out 32 KiB a step. The last walks run beside
+  // nothing.
+  const int64_t steps = ceil_div(n, 64), tiles = ceil_div(slabs, int64_t{at_once}) * parts;
+  const int64_t multiply = 10 * steps + 22, finish = WALK ? 195 : 73;
+  const int64_t read = 10 * (steps * (16 + 32 / CLUSTER) + (WALK ? 320 : 192)) / 32;
+  int64_t time = tiles * larger(multiply, larger(finish, read)) + (WALK ? 112 + 27 * parts : 35);
+  // Steps are certain, what L2 hands out is not: equal shares come first.
+  if (100 * tiles * device_info(device).multiprocessors > 115 * rows * slabs) time += INT64_MAX / 2;
   if (time < least) {
     least = time;
     best = {CLUSTER, WALK, at_once};
