@@ -40,7 +40,7 @@ ROWS, LAST_ROWS = 43, 12  # of a tile, a finishers' warp; where the consumers he
 READ = 0.8e-6  # of a row, from L2 or memory
 STEP_READS = 32 * 132  # KiB that L2 hands out in the time of a step
 # Of finishers: instructions of a row, and rows read ahead
-WALKS = {"gram_grad": (105, 8), "first": (106, 5), "second": (80, 5), "direct_grad": (104, 8)}
+WALKS = {"gram_grad": (105, 8), "first": (106, 4), "second": (80, 4), "direct_grad": (104, 6)}
 
 
 class Times(NamedTuple):
@@ -109,10 +109,10 @@ def _gram_grad_clusters(n: int, d: int) -> tuple[int, int, int]:
         rounds, parts = _cdiv(slabs, at_once), _cdiv(rows, cluster)
         walk = parts > 1
         read = 10 * (steps * (16 + 32 // cluster) + (320 if walk else 192)) // 32
-        tile = max(10 * steps + 22, 195 if walk else 73, read)
-        time = rounds * parts * tile + (112 + 27 * parts if walk else 35)
+        tile = max(10 * steps + 22, 244 if walk else 73, read)
+        time = rounds * parts * tile + (136 + 34 * parts if walk else 35)
         unequal = 100 * rounds * parts * MULTIPROCESSORS > 115 * rows * slabs
-        options.append(((unequal, time), cluster, rounds, parts))
+        options.append((time * (115 if unequal else 100), cluster, rounds, parts))
     return min(options, key=lambda option: option[0])[1:]
 
 

@@ -92,7 +92,7 @@ struct DirectGradJob {
         offset[e] = w.weight_x[e] * w.offset_x[e] + w.offset_y[e];
       }
     }
-    FinishedRows<T, 8> rows(params.m.own, params.m.other, params.m.grad, p, share, row, column);
+    FinishedRows<T, 6> rows(params.m.own, params.m.other, params.m.grad, p, share, row, column);
     wait();
     rows.each([&](int r, const float (&own)[8], const float (&other)[8], float (&g)[8]) {
       tile.get(r, g);

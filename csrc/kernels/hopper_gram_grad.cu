@@ -54,7 +54,7 @@ struct GramGradJob {
   };
   static constexpr const char* name = "gram_grad";
   static constexpr int epilogue_bytes = sizeof(Memory);
-  using Rows = FinishedRows<T, WALK ? 5 : 8>;
+  using Rows = FinishedRows<T, WALK ? 4 : 8>;
   static constexpr int features = 4;  // neighbours, whose weights a finisher works out: two of the three warps do
 
   const Params& params;
@@ -329,11 +329,11 @@ void consider(ClusterChoice& best, int64_t& least, int n, int64_t slabs, int dev
   // consumers' steps and sums, the finishers' walks, or L2, which hands out 32 KiB a step. The last walks run beside
   // nothing.
   const int64_t steps = ceil_div(n, 64), tiles = ceil_div(slabs, int64_t{at_once}) * parts;
-  const int64_t multiply = 10 * steps + 22, finish = WALK ? 195 : 73;
+  const int64_t multiply = 10 * steps + 22, finish = WALK ? 244 : 73;
   const int64_t read = 10 * (steps * (16 + 32 / CLUSTER) + (WALK ? 320 : 192)) / 32;
-  int64_t time = tiles * larger(multiply, larger(finish, read)) + (WALK ? 112 + 27 * parts : 35);
-  // Steps are certain, what L2 hands out is not: equal shares come first.
-  if (100 * tiles * device_info(device).multiprocessors > 115 * rows * slabs) time += INT64_MAX / 2;
+  int64_t time = tiles * larger(multiply, larger(finish, read)) + (WALK ? 136 + 34 * parts : 35);
+  // Steps are certain, the rest is not: unequal shares must be faster by more than what they waste.
+  time *= 100 * tiles * device_info(device).multiprocessors > 115 * rows * slabs ? 115 : 100;
   if (time < least) {
     least = time;
     best = {CLUSTER, WALK, at_once};
