@@ -34,13 +34,13 @@ STEP_FLOPS = 2 * 128 * 256 * 64
 SMALL_STEP = 0.625
 ISSUE_RATE = 4 * 1.75e9  # instructions of warps a second
 EPILOGUE_WAIT = 1e-6
-EPILOGUES = {"gram_grad": 930, "correlate": 4000, "direct_grad": 340}  # instructions of the consumers
+EPILOGUES = {"gram_grad": 940, "correlate": 4000, "direct_grad": 340}  # instructions of the consumers
 HAND_OVER_WAIT = 0.5e-6
 ROWS, LAST_ROWS = 43, 12  # of a tile, a finishers' warp; where the consumers help
 READ = 0.8e-6  # of a row, from L2 or memory
 STEP_READS = 32 * 132  # KiB that L2 hands out in the time of a step
 # Of finishers: instructions of a row, and rows read ahead
-WALKS = {"gram_grad": (105, 8), "first": (106, 4), "second": (80, 4), "direct_grad": (104, 6)}
+WALKS = {"gram_grad": (96, 8), "first": (104, 4), "second": (72, 4), "direct_grad": (99, 6)}
 
 
 class Times(NamedTuple):
