@@ -150,6 +150,7 @@ struct GramGradJob {
       tile.take();
     }
     if (!WALK || !params.p.normalized) return;
+    Finishers::barrier();  // everybody has the first walk's weights
     receive_totals();
     if (last) Everyone::barrier();  // the weights, and what is stored
     second_walk(work, finishers_share(last));
