@@ -139,11 +139,11 @@ HOPPER_FAULTS = {
     ),
     "a tile that is finished before it has been put": (
         *("blocks/hopper_epilogue.h", "mbarrier_wait(&memory.given, tiles % 2);", ""),
-        *("late", "the finished tile is wrong"),
+        *("late", "no thread can go on"),
     ),
-    "a consumers' warp that nobody waits for": (
+    "a warp too many that is waited for": (
         *("blocks/hopper_epilogue.h", "mbarrier_init(&memory.given, Consumers::threads / 32)"),
-        *("mbarrier_init(&memory.given, Consumers::threads / 32 - 1)", "late", "the finished tile is wrong"),
+        *("mbarrier_init(&memory.given, Consumers::threads / 32 + 1)", "late", "no thread can go on"),
     ),
     "a turn that never comes": (
         *("blocks/hopper_epilogue.h", "mbarrier_wait(&memory.taken, tiles % 2 ^ 1)"),
