@@ -11,6 +11,11 @@ What they assume:
   ``gram_steps`` and ``gram_grad_tiles`` with the kernels' plans.
 * An epilogue takes as long as its instructions, of 8 warps, 4 a cycle and multiprocessor at 1.75 GHz, and 1 us for what
   it waits for; products do not overlap it. ``python -m benchmarks.kernels --cuda`` counts the instructions.
+* The input gradients' consumers only add up and hand over, and wait for 0.5 us, since what they need next is under
+  way. Three warps of finishers then make the gradient beside the next product, 43 rows each, and eleven warps that of
+  the last tile, 12 rows each: a warp issues an instruction every other cycle, and a read takes 0.8 us, as many rows
+  ahead as a thread holds. Whichever takes longer counts.
+* L2 hands out no more than it does for that large product, whose clusters of two read 32 KiB a step and multiprocessor.
 * normalize reads and writes memory at 85 % of a copy's rate.
 * Handing over a square of K and adding it up takes 7 us: 640 KiB of partial tiles through one multiprocessor. Where
   tiles are shared out in eight it takes 2 us a tile and 2 more for the last.
@@ -34,7 +39,13 @@ STEP_FLOPS = 2 * 128 * 256 * 64
 NARROW_STEP, DIAGONAL_STEP, SMALL_STEP = 0.375, 0.5, 0.625
 ISSUE_RATE = 4 * 1.75e9  # instructions of warps a second
 EPILOGUE_WAIT = 1e-6
-EPILOGUES = {"gram_grad": 3150, "gram_grad, two walks": 4300, "correlate": 4000, "direct_grad": 2500}  # instructions
+EPILOGUES = {"gram_grad": 940, "correlate": 4000, "direct_grad": 340}  # instructions of the consumers
+HAND_OVER_WAIT = 0.5e-6
+ROWS, LAST_ROWS = 43, 12  # of a tile, a finishers' warp; where the consumers help
+READ = 0.8e-6  # of a row, from L2 or memory
+STEP_READS = 32 * 132  # KiB that L2 hands out in the time of a step
+# Of finishers: instructions of a row, and rows read ahead
+WALKS = {"gram_grad": (96, 8), "first": (104, 4), "second": (72, 4), "direct_grad": (99, 6)}
 
 
 class Times(NamedTuple):
@@ -57,13 +68,15 @@ def predict(n: int, d: int, route: str, gpu: KnownGpu) -> Times:
     normalize = (reads + 2) * n * d * 2 / (COPY_SHARE * gpu.bandwidth) + LAUNCH
     if route == "gram":
         product = gram_seconds(n, d, gpu, *gram_steps(n, d)) + LAUNCH
-        rounds, parts = gram_grad_tiles(n, d)
-        tile = _cdiv(n, 64) * step + _epilogue("gram_grad, two walks" if parts > 1 else "gram_grad")
-        return Times(normalize, product, rounds * parts * tile + LAUNCH)
+        cluster, rounds, parts = _gram_grad_clusters(n, d)
+        return Times(normalize, product, _gram_grad(n, cluster, rounds, parts, step) + LAUNCH)
     squares = _cdiv(d, 256) ** 2
     product = _cdiv(squares, CLUSTERS[2]) * (_cdiv(n, 64) * step + _epilogue("correlate")) + LAUNCH
     tiles = _cdiv(n, 256) * _cdiv(d, 256)
-    gradient = 2 * (_cdiv(tiles, CLUSTERS[2]) * (_cdiv(d, 64) * step + _epilogue("direct_grad")) + LAUNCH)
+    multiply = _cdiv(d, 64) * step + _epilogue("direct_grad", HAND_OVER_WAIT)
+    reads = (32 * _cdiv(d, 64) + 128) / 32 * step
+    gradient = _cdiv(tiles, CLUSTERS[2]) * max(multiply, _walk("direct_grad"), reads)
+    gradient = 2 * (gradient + _walk("direct_grad", LAST_ROWS) + LAUNCH)
     return Times(normalize, product, gradient)
 
 
@@ -142,16 +155,47 @@ def _triangle(n: int, block: int) -> int:
 
 def gram_grad_tiles(n: int, d: int) -> tuple[int, int]:
     """Slabs of the busiest cluster, and row tiles of each of its blocks (csrc/kernels/hopper_gram_grad.cu)."""
-    rows, slabs = _cdiv(n, 128), 2 * _cdiv(d, 256)
+    return _gram_grad_clusters(n, d)[1:]
+
+
+def _gram_grad_clusters(n: int, d: int) -> tuple[int, int, int]:
+    """Blocks of a cluster, and the above: as the kernel chooses, in tenths of a step."""
+    rows, slabs, steps = _cdiv(n, 128), 2 * _cdiv(d, 256), _cdiv(n, 64)
     options = []
     for cluster, at_once in CLUSTERS.items():
         rounds, parts = _cdiv(slabs, at_once), _cdiv(rows, cluster)
-        options.append((rounds * parts * (_cdiv(n, 64) + (10 if parts > 1 else 7)), rounds, parts))
+        walk = parts > 1
+        read = 10 * (steps * (16 + 32 // cluster) + (320 if walk else 192)) // 32
+        tile = max(10 * steps + 22, 244 if walk else 73, read)
+        time = rounds * parts * tile + (136 + 34 * parts if walk else 35)
+        unequal = 100 * rounds * parts * MULTIPROCESSORS > 115 * rows * slabs
+        options.append((time * (115 if unequal else 100), cluster, rounds, parts))
     return min(options, key=lambda option: option[0])[1:]
 
 
-def _epilogue(kernel: str) -> float:
-    return 8 * EPILOGUES[kernel] / ISSUE_RATE + EPILOGUE_WAIT
+def _gram_grad(n: int, cluster: int, rounds: int, parts: int, step: float) -> float:
+    """All tiles, and the last one's walks."""
+    steps = _cdiv(n, 64)
+    reads = 64 + 128 * (2 if parts > 1 else 1)  # KiB: A_hat; own and other, or own and what is stored
+    reads = (steps * (16 + 32 / cluster) + reads) * cluster * CLUSTERS[cluster] / STEP_READS * step
+    multiply = steps * step + _epilogue("gram_grad", HAND_OVER_WAIT)
+    if parts == 1:
+        finish = _walk("gram_grad")
+        last = _walk("gram_grad", LAST_ROWS) + EPILOGUE_WAIT  # for the cluster's sums
+    else:
+        finish = _walk("first") + _walk("second")
+        last = _walk("first") + EPILOGUE_WAIT + parts * _walk("second", LAST_ROWS)
+    return multiply + (rounds * parts - 1) * max(multiply, finish, reads) + last
+
+
+def _walk(kernel: str, rows: int = ROWS) -> float:
+    """A warp over its rows of a tile."""
+    instructions, ahead = WALKS[kernel]
+    return rows * max(2 * instructions / (ISSUE_RATE / 4), READ / ahead)
+
+
+def _epilogue(kernel: str, wait: float = EPILOGUE_WAIT) -> float:
+    return 8 * EPILOGUES[kernel] / ISSUE_RATE + wait
 
 
 def _cdiv(a: int, b: int) -> int:

@@ -2,10 +2,10 @@
 //
 //     P[m, n] = sum over k of a[m, k] * b[n, k]            both factors in half precision, k-major or mn-major each
 //
-// * A block is one producer warp and eight consumer warps (two warpgroups of 64 rows each; the producer's warpgroup is
-//   else empty). The producer asks for boxes of both factors, STAGES tiles of 64 k ahead; the consumers start wgmma on
-//   what has arrived. Each stage has two mbarriers: `full` counts the bytes that arrive, `empty` the warps that have
-//   read. Nobody waits for more than the data it needs.
+// * A block is eight consumer warps (two warpgroups of 64 rows each) and one producer warp. The other three warps of
+//   its warpgroup do nothing, or the input gradients' epilogue (hopper_epilogue.h). The producer asks for boxes of both
+//   factors, STAGES tiles of 64 k ahead; the consumers start wgmma on what has arrived. Each stage has two mbarriers:
+//   `full` counts the bytes that arrive, `empty` the warps that have read. Nobody waits for more than the data it needs.
 // * The grid is persistent: a block does one piece of work after the other, and while the consumers finish a tile, the
 //   producer already fills the ring for the next one.
 // * Accumulators live in registers: 128 of them a thread for 128 x 256. The producer gives its registers to the
@@ -31,6 +31,19 @@ namespace barlow {
 struct Consumers {
   static constexpr int threads = 256;
   static BARLOW_DEVICE void barrier(BARLOW_SITE) { barrier_of<1, threads>(BARLOW_AT_SITE); }
+};
+// Three warps more, of kernels whose tiles are finished while the next ones are multiplied; the last warp is the
+// producer. A warpgroup is not to be had: with 512 threads ptxas gives a thread 128 registers, and P alone takes them.
+struct Finishers {
+  static constexpr int first = Consumers::threads, threads = 96;
+  static BARLOW_DEVICE int thread() { return barlow::thread() - first; }
+  static BARLOW_DEVICE int warp() { return barlow::warp() - first / 32; }
+  static BARLOW_DEVICE void barrier(BARLOW_SITE) { barrier_of<2, threads, first>(BARLOW_AT_SITE); }
+};
+// Both, at the end, when nothing is left to multiply.
+struct Everyone {
+  static constexpr int threads = Consumers::threads + Finishers::threads;
+  static BARLOW_DEVICE void barrier(BARLOW_SITE) { barrier_of<3, threads>(BARLOW_AT_SITE); }
 };
 
 // What a block works on: `steps` tiles of k from k on, of the tile of P at (row, column).
@@ -142,15 +155,16 @@ struct HopperMultiply {
     place.advance();
   }
 
-  // What an epilogue reads comes through the same ring: a stage with 128 rows by 64 columns of x and of y. One thread.
-  static constexpr int x_box = 0, y_box = 128 * 128;  // where in the stage
-  static BARLOW_DEVICE void load_boxes(Place& place, const TensorMap& x, const TensorMap* y, int row, int column) {
+  // What the consumers read besides comes through the same ring: a stage with 128 rows by 128 columns of x, in two
+  // boxes. One thread.
+  static constexpr int rows_box = M * 128;  // bytes
+  static BARLOW_DEVICE void load_rows(Place& place, const TensorMap& x, int row, int column) {
     uint64_t* const arrived = full(place.stage);
     mbarrier_wait(empty(place.stage), place.phase ^ 1);
-    mbarrier_arrive_expect(arrived, y != nullptr ? 2 * y_box : y_box);
-    char* const to = stage(place);
-    copy_box(to + x_box, x, row, column, arrived);
-    if (y != nullptr) copy_box(to + y_box, *y, row, column, arrived);
+    mbarrier_arrive_expect(arrived, 2 * rows_box);
+    for (int box = 0; box < 2; ++box) {
+      copy_box(stage(place) + box * rows_box, x, row, column + box * box_columns, arrived);
+    }
     place.advance();
   }
   // The consumers' side of it: the stage, when it has arrived; and that this warp is done with it.
@@ -159,7 +173,6 @@ struct HopperMultiply {
     return stage(place);
   }
   static BARLOW_DEVICE void done(Place& place) {
-    async_fence();  // a warp may have written to it, and the next to write is the TMA
     warp_barrier();
     release(place.stage);
     place.advance();
@@ -240,18 +253,24 @@ struct ColumnsOf {
 //       BARLOW_DEVICE Job(const Params&);                 // by every thread
 //       BARLOW_DEVICE void produce(Place&, int work);     // by the producer warp; what it loads, lane 0 loads
 //       BARLOW_DEVICE void consume(Place&, int work);     // by the consumers
+//       BARLOW_DEVICE void finish(int work, bool last);   // by the finishers, where FINISH
+//       BARLOW_DEVICE void help(int work);                // by the consumers, who have nothing left but the last one
 //       static constexpr int epilogue_bytes;              // from Product::epilogue_memory() on
 //       static constexpr const char* name;
 //     };
 //
-// A cluster takes works in turn. Both sides go through the same stages of the ring in the same order.
-template <class Job>
+// A cluster takes works in turn. Both sides go through the same stages of the ring in the same order. With FINISH a
+// tile's epilogue is a third side's, beside the next tile's product.
+template <class Job, bool FINISH = false>
 struct HopperKernel {
   using Product = typename Job::Product;
   using Params = typename Job::Params;
   static constexpr const char* name = Job::name;
   static constexpr int threads = Product::threads, cluster = Job::cluster;
   static constexpr int blocks_per_sm = 1;
+  // Of a thread: a launch gives each of 384 threads 168, and the producer's warpgroup gives the consumers what it can.
+  // Finishers need almost as many.
+  static constexpr int producer_registers = FINISH ? 152 : 40, consumer_registers = FINISH ? 176 : 232;
   static constexpr bool persistent = true;
   static constexpr int shared_bytes = Product::shared_bytes + Job::epilogue_bytes;
   static_assert(shared_bytes <= 227 * 1024, "fits a multiprocessor");
@@ -259,19 +278,28 @@ struct HopperKernel {
   static BARLOW_DEVICE void run(const Params& params) {
     Job job(params);
     Product::template begin<cluster>();
-    const int first = block_id() / cluster, step = grid_size() / cluster;
+    // Each side counts for itself: what all had in registers, all would keep there. The last work is returned.
+    const auto each_work = [&params](auto act) {
+      const int step = grid_size() / cluster;
+      int work = block_id() / cluster;
+      for (; work < params.works; work += step) act(work, work + step >= params.works);
+      return work - step;
+    };
     typename Product::Place place;
     if (thread() >= Consumers::threads) {
-      fewer_registers<40>();
-      if (warp() == Consumers::threads / 32) {
-        for (int work = first; work < params.works; work += step) {
+      fewer_registers<producer_registers>();
+      if (warp() == threads / 32 - 1) {
+        each_work([&](int work, bool) {
           job.produce(place, work);
           warp_barrier();
-        }
+        });
+      } else if constexpr (FINISH) {
+        each_work([&](int work, bool last) { job.finish(work, last); });
       }
     } else {
-      more_registers<232>();
-      for (int work = first; work < params.works; work += step) job.consume(place, work);
+      more_registers<consumer_registers>();
+      const int last = each_work([&](int work, bool) { job.consume(place, work); });
+      if constexpr (FINISH) job.help(last);
     }
     Product::template end<cluster>();
   }

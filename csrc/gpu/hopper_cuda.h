@@ -79,6 +79,11 @@ BARLOW_DEVICE void copy_box_to_all(void* to, const TensorMap& map, int row, int 
       : "memory");
 }
 
+// A map is on its way to who copies with it first.
+BARLOW_DEVICE void prefetch_map(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(&map)) : "memory");
+}
+
 // What this thread has read and written in shared memory comes before what the TMA does there later.
 BARLOW_DEVICE void async_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -153,8 +158,8 @@ BARLOW_DEVICE void more_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
 
-// A barrier for the block's first THREADS threads, ID 1 to 15.
-template <int ID, int THREADS>
+// A barrier for THREADS threads of the block, from thread FIRST on; ID 1 to 15.
+template <int ID, int THREADS, int FIRST = 0>
 BARLOW_DEVICE void barrier_of() {
   asm volatile("bar.sync %0, %1;" ::"n"(ID), "n"(THREADS) : "memory");
 }

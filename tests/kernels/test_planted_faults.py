@@ -1,8 +1,8 @@
 """The emulation of the CUDA kernels catches what it is there for: faults are planted into copies of csrc/.
 
 Each copy is compiled with a program that compares its product with a plain loop: cuda_faults.cpp runs the gram kernel,
-hopper_faults.cpp multiplies matrices through TMA, mbarriers and wgmma, in clusters or not, gram_faults.cpp runs
-Hopper's gram over squares that several clusters share.
+hopper_faults.cpp multiplies matrices through TMA, mbarriers and wgmma, in clusters or not, and finishes tiles beside
+the next product, gram_faults.cpp runs Hopper's gram over squares that several clusters share.
 """
 
 from __future__ import annotations
@@ -144,6 +144,34 @@ HOPPER_FAULTS = {
     "a part of the cluster's boxes in the wrong place": (
         *("blocks/hopper_multiply.h", "const int part = K / CLUSTER * rank;", "const int part = 0;"),
         *("late", "P is wrong"),
+    ),
+    "a tile that is finished before it has been put": (
+        *("blocks/hopper_epilogue.h", "mbarrier_wait(&memory.given, tiles % 2);", ""),
+        *("late", "no thread can go on"),
+    ),
+    "a warp too many that is waited for": (
+        *("blocks/hopper_epilogue.h", "mbarrier_init(&memory.given, Consumers::threads / 32)"),
+        *("mbarrier_init(&memory.given, Consumers::threads / 32 + 1)", "late", "no thread can go on"),
+    ),
+    "a turn that never comes": (
+        *("blocks/hopper_epilogue.h", "mbarrier_wait(&memory.taken, tiles % 2 ^ 1)"),
+        *("mbarrier_wait(&memory.taken, tiles % 2)", "late", "no thread can go on"),
+    ),
+    "a last tile that helpers read too early": (
+        *("blocks/hopper_epilogue.h", "mbarrier_wait(&memory.given, (tiles - 1) % 2);", ""),
+        *("late", "the finished tile is wrong"),
+    ),
+    "rows that nobody finishes": (
+        *("blocks/hopper_epilogue.h", "{Finishers::threads / 32 + warp(),", "{warp(),"),
+        *("late", "the finished tile is wrong"),
+    ),
+    "a row that is read in another row's place": (
+        *("blocks/hopper_epilogue.h", "next_y += y_step;", "next_y += x_step + 8;"),
+        *("late", "the finished tile is wrong"),
+    ),
+    "a tile that lies otherwise than it is read": (
+        *("blocks/hopper_epilogue.h", "(lane() % 8 ^ row % 8) * 16", "lane() % 8 * 16"),
+        *("late", "the finished tile is wrong"),
     ),
 }
 

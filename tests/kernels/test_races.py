@@ -31,9 +31,10 @@ TELLING = (  # one of each kind
     "blocks/reduce.h arrive: Team::barrier()",
     "blocks/hopper_multiply.h begin: mbarrier_fence_init()",
     "blocks/hopper_multiply.h end: cluster_barrier()",
-    "blocks/hopper_multiply.h done: async_fence()",
+    "blocks/hopper_multiply.h done: warp_barrier()",
     "blocks/hopper_multiply.h start: mbarrier_wait(full(place.stage), place.phase)",
-    "blocks/hopper_epilogue.h store_box: warp_barrier()",
+    "blocks/hopper_epilogue.h wait_for_room: mbarrier_wait(&memory.taken, tiles % 2 ^ 1)",
+    "blocks/hopper_epilogue.h wait_for_tile: mbarrier_wait(&memory.given, tiles % 2)",
     "kernels/hopper_gram.cu meet: mbarrier_wait_cluster(barrier, exchanges % 2)",
 )
 

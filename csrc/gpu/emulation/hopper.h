@@ -215,6 +215,10 @@ template <int BLOCKS>
   }
 }
 
+inline void prefetch_map(const TensorMap& map) {
+  if (map.data == nullptr) emulation::fail("a tensor map that nobody made");
+}
+
 inline void async_fence(Site site = Site::here()) {
   if (emulation::dropped(site)) return;
   emulation::races::fence_async();
@@ -380,10 +384,10 @@ void fewer_registers() {}
 template <int COUNT>
 void more_registers() {}
 
-template <int ID, int THREADS>
+template <int ID, int THREADS, int FIRST = 0>
 void barrier_of(Site site = Site::here()) {
   if (emulation::dropped(site)) return;
-  emulation::meet(96 + ID, thread(), THREADS, "barrier_of", emulation::Orders::memory, nullptr, [](auto&) {});
+  emulation::meet(96 + ID, thread() - FIRST, THREADS, "barrier_of", emulation::Orders::memory, nullptr, [](auto&) {});
 }
 
 // ---- Clusters -------------------------------------------------------------------------------------------------------
