@@ -122,7 +122,7 @@ def gram(
         PRECISION=input_precision(precision),
         TICKET=accelerator.of(on.device).ticket,
         ROWS=16,
-        SLICES=configs.SLICE_COLUMNS // blocks.m,
+        SLICES=max(1, configs.SLICE_COLUMNS // blocks.m),
         ONE_TILE=n <= blocks.m,
         BLOCK_SUM=configs.SUM_BLOCK,
         **_options(blocks),

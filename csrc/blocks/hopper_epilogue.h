@@ -83,9 +83,8 @@ struct HandOver {
 
   // The finishers' side.
   BARLOW_DEVICE void wait_for_tile() const { mbarrier_wait(&memory.given, tiles % 2); }
-  BARLOW_DEVICE void wait_for_last_tile() const {
-    mbarrier_wait(&memory.given, (tiles - 1) % 2);
-  }  // the consumers, too
+  // The consumers, when they help.
+  BARLOW_DEVICE void wait_for_last_tile() const { mbarrier_wait(&memory.given, (tiles - 1) % 2); }
   // Eight numbers of a row: columns 8 lane and following.
   BARLOW_DEVICE void get(int row, float (&x)[8]) const {
     const char* const from = memory.p[lane() / 8] + row * 128 + (lane() % 8 ^ row % 8) * 16;
