@@ -173,17 +173,19 @@ def direct_grad(
     g = c * alpha
     g.diagonal().copy_(d)
     if x.normalization is None:
-        x_hat, of_own, of_p = _stack(x.z_a, x.z_b, _ALL, _ALL), (None, None), (g.T, g)
+        x_hat, of_own, of_p = _stack(x.z_a, x.z_b, _ALL, _ALL), (None, None), (None, None)
     else:
         rstd, var, x_hat, squares = x.stats
         m = (squares * alpha).addcmul_(d, x.c)
         of_own = m.mul_(rstd).mul_(-x.normalization.kappa(var, x.z_a.shape[0]))
-        rstd_a, rstd_b = rstd.unbind()
-        of_own, of_p = of_own.unbind(), (g.T * rstd_a, g * rstd_b)
+        of_own, of_p = of_own.unbind(), rstd.unbind()
     x_hat = x_hat.unbind()
     grads: list[Tensor | None] = [None, None]
     for view in views:
-        own, other, right, factor = x_hat[view], x_hat[1 - view], of_p[view], of_own[view]
+        own, other, factor = x_hat[view], x_hat[1 - view], of_own[view]
+        right = g if view else g.T
+        if factor is not None:
+            right = right * of_p[view]
         if factor is None or _by_onednn(other, right):
             grad = _matmul_t(other, right.T, x.z_a.dtype)
             grad = grad if factor is None else grad.addcmul_(own, factor)

@@ -112,7 +112,7 @@ def _small_cost(p: Problem) -> Cost:
     else:
         product = d * d * size
         forward = max(views, 2 * product)  # squares; C and its squares
-        backward = 2 * product + of_half  # C and G
+        backward = 3 * product + of_half  # C, G, and G with a view's rstd
         passes = 20
     peak = 20 * d * size + views + max(forward - gradients, backward)
     bytes_moved = _traffic(gradients, 8, at_least=6) + _traffic(views, 30) + _traffic(product, passes)
