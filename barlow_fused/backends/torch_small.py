@@ -59,7 +59,7 @@ def _standardise(x: Normalized) -> Tensor:  # [2, N, D]
         n = x.z_a.shape[0]
         views = x.z_a.new_empty(2, *x.z_a.shape, dtype=_compute_dtype(x.z_a))
         for z, view in zip((x.z_a, x.z_b), views.unbind(), strict=True):
-            torch.sub(z, z.sum(0, dtype=view.dtype), alpha=1 / n, out=view)
+            torch.sub(z, z.mean(0, dtype=view.dtype), out=view)
         var = _variance(_centre(views))  # rounding left 1e-7 of the means, and leaves nothing of that
         smallest, largest = map(_scalar, torch.aminmax(var))
         if type(smallest) is float and smallest < CONSTANT:
@@ -74,7 +74,8 @@ def _standardise(x: Normalized) -> Tensor:  # [2, N, D]
 
 
 def _centre(views: Tensor) -> Tensor:
-    return views.sub_(views.sum(1, keepdim=True), alpha=1 / views.shape[1])
+    # Not sub_(sum, alpha=1 / N), whose product is rounded or not, by where a number lies: constants would not stay.
+    return views.sub_(views.mean(1, keepdim=True))
 
 
 def _variance(views: Tensor) -> Tensor:  # [2, 1, D]

@@ -41,6 +41,16 @@ def test_what_rounding_leaves_of_constant_features(value, normalization, route):
     assert_close(answer(loss(route, normalization), z_a, z_b), z_a, z_b, NORMALIZATIONS[normalization])
 
 
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("n", [3, 5, 37])
+@pytest.mark.parametrize("value", [1.0, 1.1, 1234.567])
+def test_constants_stay_constant_wherever_they_lie(value, n, route):
+    """Vectors and what is left of a row are computed by other instructions."""
+    z_a, z_b = torch.full((n, 1), value), torch.full((n, 1), 0.9 * value)
+    got = loss(route, "std")(z_a, z_b, lambd=0.0)
+    assert abs(got.loss - 1) < 1e-6
+
+
 @pytest.mark.parametrize(("n", "d"), [(8, 4096), (32, 1024), (32, 3000), (500, 40), (2000, 300)])
 def test_a_sample_far_from_all_others(n, d):
     z_a, z_b = views(n, d)
