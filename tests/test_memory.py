@@ -7,6 +7,7 @@ from benchmarks.memory import cpu_peak
 from benchmarks.peers import available_peers
 
 MB = 2**20
+SLACK = (4 + 4 * torch.get_num_threads()) * MB  # each thread packs its part of a product in 1 to 4 MB, by the CPU
 
 
 def bound(n: int, d: int, dtype: torch.dtype) -> int:
@@ -26,7 +27,7 @@ def bound(n: int, d: int, dtype: torch.dtype) -> int:
 )
 def test_peak_memory_beyond_inputs_and_gradients(n, d, dtype):
     peak = cpu_peak(available_peers(torch.device("cpu"))["fused-auto"], n, d, dtype)
-    assert peak <= bound(n, d, dtype) + 4 * MB, f"{peak / MB:.0f} MB, allowed {bound(n, d, dtype) / MB:.0f} MB"
+    assert peak <= bound(n, d, dtype) + SLACK, f"{peak / MB:.0f} MB, allowed {bound(n, d, dtype) / MB:.0f} MB"
 
 
 def test_the_bound_can_be_broken():

@@ -6,9 +6,10 @@ made of.
 A backend that also works over several processes has a second file, ``<name>_partial.py``, with what can be computed of
 one rank's part of a batch (``torch_partial.py`` says what that is).
 
-``"torch"`` is two such modules, by the device: ``torch_slabs.py`` cuts a call for a CPU's caches, ``torch_whole.py``
-keeps it whole for accelerators. Nothing else in the package knows which backend runs. ``"reference"`` is not among
-them: it is plain differentiable PyTorch (``reference.py``), and takes no route but its own.
+``"torch"`` is two such modules, by the device: ``torch_cpu.py`` keeps what is small and cuts the rest for a CPU's
+caches, ``torch_whole.py`` keeps everything whole for accelerators. Nothing else in the package knows which backend
+runs. ``"reference"`` is not among them: it is plain differentiable PyTorch (``reference.py``), and takes no route but
+its own.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ BACKENDS = ("torch", "triton", "cuda", "reference")
 def load(name: str, device: torch.device) -> ModuleType:
     """The module of a backend, for tensors on ``device``."""
     if name == "torch":
-        return _module("torch_slabs" if device.type == "cpu" else "torch_whole")
+        return _module("torch_cpu" if device.type == "cpu" else "torch_whole")
     return _module(f"{name}_backend")
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..normalization import Normalization
 from ..reference import BarlowTwinsTerms
 from . import accelerator
+from .operations import Weights
 
 SLAB_ELEMENTS = 2**19  # a float32 slab of 2 MiB: two cores' L2 caches; with fewer, calls and waiting would show
 MIN_SLAB = 2048  # rows or columns: enough for the matrix product to run at full rate
@@ -118,6 +119,18 @@ def _terms_of_gram(x: Normalized, inner: Tensor | float, lambd: float, scale: fl
     off_diag = inner / x.z_a.shape[0] ** 2 - _scalar(torch.dot(c, c))
     off_diag = off_diag.clamp_min(0) if isinstance(off_diag, Tensor) else max(off_diag, 0.0)  # NaN stays NaN in both
     return _terms(c, off_diag, lambd, scale)
+
+
+def weights_of(x: Normalized, weights: Weights) -> tuple[Tensor | float, Tensor]:  # [], [D]
+    """alpha, and d, of ``torch_slabs.input_grad``."""
+    g_loss, g_on, g_off, lambd, scale = weights
+    w_on, w_off = Weights(_number(g_loss), _number(g_on), _number(g_off), lambd, scale).of_sums()
+    n = x.z_a.shape[0]
+    return w_off * (2 / n), (x.c - 1).mul_(w_on * (2 / n))
+
+
+def _number(g: Tensor | None) -> Tensor | float | None:
+    return None if g is None else _scalar(g)
 
 
 def _scalar(x: Tensor) -> Tensor | float:

@@ -1,5 +1,5 @@
 """The four operations for CPUs, by PyTorch's operators: the Gram route. torch_direct.py has the direct one, and
-torch_small.py both of small inputs.
+torch_small.py the passes of small inputs.
 
 Standardised features are not stored. Each operation walks over slabs of features, standardises a slab, multiplies it
 and drops it, so the inputs are the only (N, D) arrays that travel from memory, and the extra memory is the product plus
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..normalization import Normalization
 from ..reference import BarlowTwinsTerms
-from . import bulk, torch_direct, torch_small
+from . import bulk, torch_direct
 from .operations import Weights
 from .slabs import (
     _ALL,
@@ -32,6 +32,7 @@ from .slabs import (
     _terms_of_gram,
     _view,
     sums_of,
+    weights_of,
     without_rest,
 )
 from .torch_direct import _add
@@ -53,14 +54,12 @@ def empty_saved(z_a: Tensor, route: str, normalization: Normalization | None) ->
     saved = [c.new_empty((2, n, n) if route == "gram" else (d, d)), c]
     if normalization is None:
         return saved
-    if torch_small.keeps(n, d, z_a.dtype):
-        return saved + torch_small.empty_stats(z_a, route)
     return saved + (torch_direct.empty_stats(z_a) if route == "direct" else [c.new_empty(2, 1, d) for _ in range(4)])
 
 
 def correlate(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[BarlowTwinsTerms, Tensor]:
     """The terms, and C with its diagonal set to 0, (D, D)."""
-    return (torch_small if torch_small.is_small(x) else torch_direct).correlate(x, lambd, scale)
+    return torch_direct.correlate(x, lambd, scale)
 
 
 def gram(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[BarlowTwinsTerms, Tensor]:
@@ -68,8 +67,6 @@ def gram(x: Normalized, lambd: float, scale: float, need_grad: bool) -> tuple[Ba
 
     In one walk over the inputs: a slab is standardised, multiplied with itself, and dropped.
     """
-    if torch_small.is_small(x):
-        return torch_small.gram(x, lambd, scale)
     n, d = x.z_a.shape
     dtype = _compute_dtype(x.z_a)
     x.c = x.z_a.new_empty(d, dtype=dtype)
@@ -165,22 +162,9 @@ def input_grad(
 
     grad_a = rstd_a * (alpha * P + d * B_hat - kappa_a * m * A_hat),   m = mean_n(A_hat * (alpha * P + d * B_hat))
     """
-    g_loss, g_on, g_off, lambd, scale = weights
-    g_loss, g_on, g_off = _number(g_loss), _number(g_on), _number(g_off)
-    w_on, w_off = Weights(g_loss, g_on, g_off, lambd, scale).of_sums()
-    n = x.z_a.shape[0]
-    alpha = w_off * (2 / n)
-    d = (x.c - 1).mul_(w_on * (2 / n))
+    alpha, d = weights_of(x, weights)
     views = [view for view in range(2) if needs[view]]
-    if torch_small.is_small(x):
-        grad = torch_small.gram_grad if route == "gram" else torch_small.direct_grad
-    else:
-        grad = _gram_grad if route == "gram" else torch_direct.input_grad
-    return grad(x, product, alpha, d, views)
-
-
-def _number(g: Tensor | None) -> Tensor | float | None:
-    return None if g is None else _scalar(g)
+    return (_gram_grad if route == "gram" else torch_direct.input_grad)(x, product, alpha, d, views)
 
 
 def _gram_grad(

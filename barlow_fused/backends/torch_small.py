@@ -13,8 +13,10 @@ import math
 import torch
 from torch import Tensor
 
+from ..normalization import Normalization
 from ..reference import BarlowTwinsTerms
 from . import bulk, slabs, torch_direct
+from .operations import Spec, Weights, tensor
 from .slabs import (
     _ALL,
     Normalized,
@@ -24,6 +26,7 @@ from .slabs import (
     _scalar,
     _stack,
     _terms_of_gram,
+    weights_of,
 )
 
 KEEP_ELEMENTS = 2**20  # inputs up to this size, in float32 or float64, keep what is made of them
@@ -32,54 +35,87 @@ CONSTANT = 1e-10  # a variance from which what is left of a large constant featu
 BULK_FEATURES = 1024  # of which K's bulk is taken off at a time: of more, their sum would be rounded as the bulk is
 
 
-def is_small(x: Normalized) -> bool:
-    """Whether this file computes the loss."""
-    return not x.made and keeps(*x.z_a.shape, x.z_a.dtype)
-
-
 def keeps(n: int, d: int, dtype: torch.dtype) -> bool:
     """Whether inputs of that size keep their views."""
     return n * d <= (KEEP_ELEMENTS if dtype.itemsize >= 4 else KEEP_HALVES)
 
 
-def empty_stats(z: Tensor, route: str) -> list[Tensor]:
-    """Empty tensors of the shapes and dtypes of ``stats``: rstd, variance, what is kept of the views; on the direct
-    route C0's squares, summed by row and column.
+def forward(
+    z_a: Tensor, z_b: Tensor, spec: Spec, need_grad: bool, every_term: bool
+) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    """The terms, and what the backward pass needs (nothing where no gradient is wanted)."""
+    if torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            return forward(z_a, z_b, spec, need_grad, every_term)
+    x = Normalized(z_a, z_b, spec.normalization)
+    terms, product = (gram if spec.route == "gram" else correlate)(x, spec.lambd, spec.scale)
+    saved = [product, x.c, *x.stats] if need_grad else []
+    if every_term:
+        return tuple([tensor(term, z_a) for term in terms]), saved
+    return (tensor(terms.loss, z_a),), saved
+
+
+def backward(
+    z_a: Tensor,
+    z_b: Tensor,
+    saved: list[Tensor],
+    spec: Spec,
+    g_terms: tuple[Tensor | None, Tensor | None, Tensor | None],
+    needs: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients with respect to z_a and z_b; None in place of one that is not needed."""
+    if torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            return backward(z_a, z_b, saved, spec, g_terms, needs)
+    product, c, *stats = saved
+    x = Normalized(z_a, z_b, spec.normalization, c, stats)
+    alpha, d = weights_of(x, Weights(*g_terms, spec.lambd, spec.scale))
+    if isinstance(alpha, Tensor):  # of tensors without data: any number gives the same shapes
+        alpha = 1.0
+    return (gram_grad if spec.route == "gram" else direct_grad)(x, product, alpha, d, needs)
+
+
+def empty_saved(z_a: Tensor, route: str, normalization: Normalization | None) -> list[Tensor]:
+    """Empty tensors of the shapes and dtypes of what ``forward`` saves: K or C, c, rstd, variance, what is kept of the
+    views; on the direct route C0's squares, summed by row and column.
     """
-    n, d = z.shape
-    shapes = [(2, 1, d), (2, 1, d), (2, n, d)] + ([] if route == "gram" else [(2, 1, d)])
-    return [z.new_empty(shape, dtype=_compute_dtype(z)) for shape in shapes]
+    n, d = z_a.shape
+    shapes = [(2, n, n) if route == "gram" else (d, d), (d,)]
+    if normalization is not None:
+        shapes += [(2, 1, d), (2, 1, d), (2, n, d)] + ([] if route == "gram" else [(2, 1, d)])
+    return [z_a.new_empty(shape, dtype=_compute_dtype(z_a)) for shape in shapes]
 
 
 def _standardise(x: Normalized) -> Tensor:  # [2, N, D]
     """A_hat and B_hat, or the inputs as they are. Sets the statistics and c."""
     if x.normalization is None:
         views = _stack(x.z_a, x.z_b, _ALL, _ALL)
+        count = views.new_full((), len(x.z_a))
     else:
         n = x.z_a.shape[0]
         views = x.z_a.new_empty(2, *x.z_a.shape, dtype=_compute_dtype(x.z_a))
+        count = views.new_full((), n)  # a number that an operator takes is made a tensor each time
         for z, view in zip((x.z_a, x.z_b), views.unbind(), strict=True):
-            torch.sub(z, z.mean(0, dtype=view.dtype), out=view)
-        var = _variance(_centre(views))  # rounding left 1e-7 of the means, and leaves nothing of that
+            torch.sub(z, z.sum(0, dtype=view.dtype).div_(count), out=view)
+        var = _variance(_centre(views, count), count)  # rounding left 1e-7 of the means, and leaves nothing of that
         smallest, largest = map(_scalar, torch.aminmax(var))
         if type(smallest) is float and smallest < CONSTANT:
-            var = _variance(_centre(views))
+            var = _variance(_centre(views, count), count)
         rstd = x.normalization.rstd(var, n)
         if type(largest) is float and largest == math.inf:
             rstd += var * 0  # NaN, not the 0 of a feature that does not vary
         x.stats = (rstd, var, views.mul_(rstd))
-    a, b = views.unbind()
-    x.c = (a * b).mean(0)
+    x.c = torch.linalg.vecdot(*views.unbind(), dim=0).div_(count)
     return views
 
 
-def _centre(views: Tensor) -> Tensor:
+def _centre(views: Tensor, count: Tensor) -> Tensor:
     # Not sub_(sum, alpha=1 / N), whose product is rounded or not, by where a number lies: constants would not stay.
-    return views.sub_(views.mean(1, keepdim=True))
+    return views.sub_(views.sum(1, keepdim=True).div_(count))
 
 
-def _variance(views: Tensor) -> Tensor:  # [2, 1, D]
-    return (views * views).mean(1, keepdim=True)
+def _variance(views: Tensor, count: Tensor) -> Tensor:  # [2, 1, D]
+    return (views * views).sum(1, keepdim=True).div_(count)
 
 
 # -- the Gram route --
@@ -94,22 +130,20 @@ def gram(x: Normalized, lambd: float, scale: float) -> tuple[BarlowTwinsTerms, T
         rstd, var, _ = x.stats
         power = (var * rstd).mul_(rstd)
         squares -= power
-        k = _products_less_bulk(views, power)
+        k = _products_less_bulk(views, power).div_(d)
     else:
-        k = _products(views, views)
-    k.diagonal(dim1=1, dim2=2).copy_(squares.sum(2))  # a product may round all of its terms to one side
+        k = _products(views, views, 1 / d)
+    k.diagonal(dim1=1, dim2=2).copy_(squares.mean(2))  # a product may round all of its terms to one side
     del squares  # room for what follows
-    k /= d
-    k_a, k_b = k.double().view(2, -1).unbind()
-    inner = _scalar(torch.dot(k_a, k_b)) + bulk.inner(x)
+    inner = _scalar(torch.linalg.vecdot(*k.unbind()).sum(dtype=torch.float64)) + bulk.inner(x)
     return _terms_of_gram(x, inner * d**2, lambd, scale), k
 
 
-def _products(x: Tensor, y: Tensor) -> Tensor:  # [2, M, K], [2, L, K] -> [2, M, L]
-    """x @ y.T of both views, by the library that multiplies fastest: with AVX2 that is MKL, of both at once."""
+def _products(x: Tensor, y: Tensor, alpha: float) -> Tensor:  # [2, M, K], [2, L, K] -> [2, M, L]
+    """alpha x @ y.T of both views, by the library that multiplies fastest: with AVX2 that is MKL, of both at once."""
     if not math.isfinite(slabs.ONEDNN_MAX_ROWS) and _by_onednn(x, y):
-        return torch.stack([_matmul_t(*pair, x.dtype) for pair in zip(x, y, strict=True)])
-    return torch.bmm(x, y.mT)
+        return torch.stack([_matmul_t(*pair, x.dtype) for pair in zip(x, y, strict=True)]).mul_(alpha)
+    return x.new_empty(2, x.shape[1], y.shape[1]).baddbmm_(x, y.mT, beta=0, alpha=alpha)
 
 
 def _products_less_bulk(views: Tensor, power: Tensor) -> Tensor:  # [2, N, D], [2, 1, D] -> [2, N, N]
@@ -122,32 +156,35 @@ def _products_less_bulk(views: Tensor, power: Tensor) -> Tensor:  # [2, N, D], [
 
 
 def gram_grad(
-    x: Normalized, k: Tensor, alpha: Tensor | float, d: Tensor, views: list[int]
+    x: Normalized, k: Tensor, alpha: float, d: Tensor, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients (torch_slabs.input_grad), with P_a = K_b A_hat / D, which contains C's diagonal."""
     n, features = x.z_a.shape
-    d -= x.c * alpha
+    d.sub_(x.c, alpha=alpha)
     alpha = alpha * (features / n)
     if x.normalization is None:
         x_hat = _stack(x.z_a, x.z_b, _ALL, _ALL)
-        p = _products(k.flip(0), x_hat.mT).mul_(alpha)
-        of_other, of_own = (d, d), (None, None)
+        p = _products(k.roll(1, 0), x_hat.mT, alpha)
+        of_other, of_own, factor = (d, d), (None, None), 0.0
     else:
         rstd, var, x_hat = x.stats
-        p = _products(k.flip(0), x_hat.mT)
-        of_p, of_other = rstd * alpha, rstd * d
-        of_own = (x_hat * p).mean(1, keepdim=True).mul_(of_p).addcmul_(of_other, x.c)
-        of_own *= -x.normalization.kappa(var, n)
+        p = _products(k.roll(1, 0), x_hat.mT, alpha)
+        own = torch.add(d * x.c, (x_hat * p).sum(1, keepdim=True), alpha=1 / n).mul_(rstd)
+        factor = -x.normalization.kappa(var, n)
+        if type(factor) is Tensor or bulk.is_left_out(x):
+            own, factor = own.mul_(factor), 1.0
         if bulk.is_left_out(x):
-            of_own += bulk.of_own(x, of_p)
-        p *= of_p
-        of_other, of_own = of_other.unbind(), of_own.unbind()
+            own += bulk.of_own(x, rstd * alpha)
+        p *= rstd
+        of_other, of_own = (rstd * d).unbind(), own.unbind()
     p, x_hat = p.unbind(), x_hat.unbind()
     grads: list[Tensor | None] = [None, None]
-    for view in views:
+    for view in (0, 1):
+        if not needs[view]:
+            continue
         grad = torch.addcmul(p[view], x_hat[1 - view], of_other[view])
         if of_own[view] is not None:
-            grad.addcmul_(x_hat[view], of_own[view])
+            grad.addcmul_(x_hat[view], of_own[view], value=factor)
         grads[view] = grad.to(x.z_a.dtype)
     return grads[0], grads[1]
 
@@ -158,7 +195,7 @@ def gram_grad(
 def correlate(x: Normalized, lambd: float, scale: float) -> tuple[BarlowTwinsTerms, Tensor]:
     """The terms, and C with its diagonal set to 0, (D, D). 2 N D^2 FLOPs."""
     a, b = _standardise(x).unbind()
-    c = torch.mm(a.T, b).div_(x.z_a.shape[0])
+    c = a.new_empty(a.shape[1], a.shape[1]).addmm_(a.T, b, beta=0, alpha=1 / len(a))
     terms, squares = torch_direct.terms_of(x, c, lambd, scale)
     if x.normalization is not None:
         x.stats += (squares.view(2, 1, -1),)
@@ -166,7 +203,7 @@ def correlate(x: Normalized, lambd: float, scale: float) -> tuple[BarlowTwinsTer
 
 
 def direct_grad(
-    x: Normalized, c: Tensor, alpha: Tensor | float, d: Tensor, views: list[int]
+    x: Normalized, c: Tensor, alpha: float, d: Tensor, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients (torch_slabs.input_grad), 2 N D^2 FLOPs each. rstd is in the (D, D) matrix, and mean_n(A_hat * P) =
     sum_j C_ij C_ij.
@@ -174,23 +211,25 @@ def direct_grad(
     g = c * alpha
     g.diagonal().copy_(d)
     if x.normalization is None:
-        x_hat, of_own, of_p = _stack(x.z_a, x.z_b, _ALL, _ALL), (None, None), (None, None)
+        x_hat = _stack(x.z_a, x.z_b, _ALL, _ALL).unbind()
     else:
         rstd, var, x_hat, squares = x.stats
-        m = (squares * alpha).addcmul_(d, x.c)
-        of_own = m.mul_(rstd).mul_(-x.normalization.kappa(var, x.z_a.shape[0]))
-        of_own, of_p = of_own.unbind(), rstd.unbind()
-    x_hat = x_hat.unbind()
+        of_own = (squares * alpha).addcmul_(d, x.c).mul_(rstd)
+        factor = -x.normalization.kappa(var, x.z_a.shape[0])
+        if type(factor) is Tensor:
+            of_own, factor = of_own.mul_(factor), 1.0
+        of_own, of_p, x_hat = of_own.unbind(), rstd.unbind(), x_hat.unbind()
     grads: list[Tensor | None] = [None, None]
-    for view in views:
-        own, other, factor = x_hat[view], x_hat[1 - view], of_own[view]
+    for view in (0, 1):
+        if not needs[view]:
+            continue
+        own, other = x_hat[view], x_hat[1 - view]
         right = g if view else g.T
-        if factor is not None:
-            right = right * of_p[view]
-        if factor is None or _by_onednn(other, right):
+        if x.normalization is None:
             grad = _matmul_t(other, right.T, x.z_a.dtype)
-            grad = grad if factor is None else grad.addcmul_(own, factor)
+        elif _by_onednn(other, right):
+            grad = _matmul_t(other, (right * of_p[view]).T, x.z_a.dtype).addcmul_(own, of_own[view], value=factor)
         else:  # the product is added to what is there, which costs it nothing
-            grad = (own * factor).addmm_(other, right)
+            grad = (own * of_own[view]).addmm_(other, right * of_p[view], beta=factor)
         grads[view] = grad.to(x.z_a.dtype)
     return grads[0], grads[1]

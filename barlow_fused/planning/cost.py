@@ -106,9 +106,9 @@ def _small_cost(p: Problem) -> Cost:
     of_half = views // 2 if in_size < size else 0  # a view's gradient before it is rounded
     if p.route == "gram":
         product = 2 * n * n * size
-        forward = max(views * 3 // 2, views + product, product + 2 * n * n * 8)  # squares and a b; K; K in float64
+        forward = max(views + product, product * 3 // 2)  # squares and K; K_a * K_b
         backward = product + views + max(product - gradients, views - gradients, of_half)  # K exchanged; A_hat * P; ...
-        passes = 12  # over K: its diagonal, divided, in float64, exchanged, multiplied
+        passes = 8  # over K: made, its diagonal, K_a * K_b, exchanged, multiplied
     else:
         product = d * d * size
         forward = max(views, 2 * product)  # squares; C and its squares

@@ -22,16 +22,13 @@ from cases import (
 )
 
 from barlow_fused import backends, barlow_twins_loss
-from barlow_fused.backends import torch_small
 
 
 @pytest.fixture(params=["small", "slabs", "whole"], autouse=True)
 def shape(request, monkeypatch):
     """The two for CPUs, whatever the size, and the one for accelerators: it does not care about the device."""
-    module = importlib.import_module(f"barlow_fused.backends.torch_{'whole' if request.param == 'whole' else 'slabs'}")
+    module = importlib.import_module(f"barlow_fused.backends.torch_{request.param}")
     monkeypatch.setattr(backends, "load", lambda name, device: module)
-    for limit in ("KEEP_ELEMENTS", "KEEP_HALVES"):
-        monkeypatch.setattr(torch_small, limit, 1e18 if request.param == "small" else 0)
     return request.param
 
 

@@ -20,15 +20,16 @@ def loss(route, normalization="batch_norm"):
 @pytest.mark.parametrize("normalization", ["batch_norm", "std"])
 @pytest.mark.parametrize("route", ROUTES)
 def test_operators_are_few(route, normalization):
-    """Calls cost more than bytes there. The usual implementation computes with 11 and 25."""
+    """Calls cost more than bytes there. The usual implementation computes with 11 and 25, whose means and batch norms
+    are several."""
     z = [z.requires_grad_() for z in views(32, 128)]
     with Trace() as forward:
         value = barlow_twins_loss(*z, route=route, normalization=normalization)
     with Trace() as backward:
         torch.autograd.grad(value, z)
-    more = 7 if normalization == "std" else 0
-    assert len(forward.operators) <= 31 + more, forward.operators
-    assert len(backward.operators) <= 22 + more, backward.operators
+    more = 10 if normalization == "std" else 0
+    assert len(forward.operators) <= 37 + more, forward.operators
+    assert len(backward.operators) <= 18 + more, backward.operators
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -626,7 +626,7 @@ def test_host_time_is_that_of_calls_that_launch_nothing(monkeypatch, capsys):
         assert re.search(rf"{method} +│ +\d+ │ +\d+ to \d+ │ +\d+\.\d\d", text)
     for part in ("autograd", "checks", "choice", "allocations", "plan", "launches", "between them"):
         assert re.search(rf"│ {part} +│ +-?\d+\.\d │", text)
-    assert backends.load("torch", CPU).__name__.endswith("torch_slabs")  # as before
+    assert backends.load("torch", CPU).__name__.endswith("torch_cpu")  # as before
 
 
 def test_verification_ends_what_runs_over_and_goes_on(tmp_path, capsys):

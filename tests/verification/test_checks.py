@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import oracle
 
-from barlow_fused.backends import torch_partial, torch_slabs
+from barlow_fused.backends import torch_partial, torch_small
 from barlow_fused.normalization import CONVENTIONS
 from barlow_fused.reference import standardize
 from barlow_fused.verification import checks
@@ -47,13 +47,13 @@ def test_the_truth_is_that_of_the_reference(n, d):
 @pytest.mark.parametrize("route", ["gram", "direct"])
 def test_what_is_off_is_wrong(monkeypatch, route, factor):
     name = "gram" if route == "gram" else "correlate"
-    operation = getattr(torch_slabs, name)
+    operation = getattr(torch_small, name)
 
     def off(*args):
         terms, product = operation(*args)
         return terms._replace(loss=terms.loss * factor), product
 
-    monkeypatch.setattr(torch_slabs, name, off)
+    monkeypatch.setattr(torch_small, name, off)
     name, run = next(checks.checks(Unit("torch", "float32", route), CPU))
     with pytest.raises(WrongError, match="loss is off by"):
         run()
