@@ -8,6 +8,7 @@ which a product's sums are not exact enough. torch_slabs.py and torch_direct.py 
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -94,6 +95,7 @@ def _standardise(x: Normalized) -> Tensor:  # [2, N, D]
     else:
         n = x.z_a.shape[0]
         views = x.z_a.new_empty(2, *x.z_a.shape, dtype=_compute_dtype(x.z_a))
+        _let_malloc_keep(2 * views.nbytes)
         count = views.new_full((), n)  # a number that an operator takes is made a tensor each time
         for z, view in zip((x.z_a, x.z_b), views.unbind(), strict=True):
             torch.sub(z, z.sum(0, dtype=view.dtype).div_(count), out=view)
@@ -107,6 +109,14 @@ def _standardise(x: Normalized) -> Tensor:  # [2, N, D]
         x.stats = (rstd, var, views.mul_(rstd))
     x.c = torch.linalg.vecdot(*views.unbind(), dim=0).div_(count)
     return views
+
+
+@functools.lru_cache(maxsize=64)
+def _let_malloc_keep(size: int) -> None:
+    """glibc gives free memory back to the system beyond twice the largest block that was ever freed. A call frees three
+    times its views; to fault their pages in again takes as long as all its work. So such a block, never touched.
+    """
+    torch.empty(size, dtype=torch.uint8)
 
 
 def _centre(views: Tensor, count: Tensor) -> Tensor:

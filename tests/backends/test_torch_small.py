@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -65,3 +69,25 @@ def test_where_it_ends():
     assert not torch_small.keeps(1024, 1025, torch.float64)
     assert torch_small.keeps(128, 1024, torch.bfloat16)
     assert not torch_small.keeps(129, 1024, torch.float16)
+
+
+FAULTS = """
+import resource
+import torch
+from barlow_fused import barlow_twins_loss
+
+z = [torch.randn(8192, 128, requires_grad=True) for _ in range(2)]
+for call in range(60):
+    if call == 20:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.autograd.grad(barlow_twins_loss(*z), z)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 40)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's malloc")
+def test_a_call_takes_no_fresh_pages():
+    """Nothing larger is freed in that process, so by itself malloc would give back all memory after each call."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "LD_PRELOAD"))}
+    done = subprocess.run([sys.executable, "-c", FAULTS], env=environment, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 500  # 16 MB of views and gradients are 4000 pages
