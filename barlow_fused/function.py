@@ -103,14 +103,10 @@ class BarlowTwinsFunction(torch.autograd.Function):
         elif torch.is_grad_enabled():  # create_graph=True, or torch.func
             grads = _FirstDerivative.apply(*inputs, *g_terms, needs, spec, *saved)
         else:
-            if _batched(g_loss) or _batched(g_on) or _batched(g_off):
+            if any(torch._C._functorch.is_legacy_batchedtensor(g) for g in g_terms if g is not None):
                 raise NotImplementedError(ONE_CALL_AT_A_TIME)
             grads = ctx.passes.backward(*inputs, saved, spec, g_terms, needs)
         return None, None, *grads
-
-
-def _batched(g: Tensor | None) -> bool:
-    return g is not None and torch._C._functorch.is_legacy_batchedtensor(g)
 
 
 class _FunctionalTransformFunction(_OneCallAtATime):

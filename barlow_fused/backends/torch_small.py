@@ -32,6 +32,7 @@ from .slabs import (
 
 KEEP_ELEMENTS = 2**20  # inputs up to this size, in float32 or float64, keep what is made of them
 KEEP_HALVES = 2**17  # those in half precision, of which it takes twice the room
+FAR = 4  # deviations that a mean may be from 0: rounding leaves 1e-7 of it, and of a larger one that is taken off again
 CONSTANT = 1e-10  # a variance from which what is left of a large constant feature is below its tolerance
 BULK_FEATURES = 1024  # of which K's bulk is taken off at a time: of more, their sum would be rounded as the bulk is
 
@@ -71,8 +72,6 @@ def backward(
     product, c, *stats = saved
     x = Normalized(z_a, z_b, spec.normalization, c, stats)
     alpha, d = weights_of(x, Weights(*g_terms, spec.lambd, spec.scale))
-    if isinstance(alpha, Tensor):  # of tensors without data: any number gives the same shapes
-        alpha = 1.0
     return (gram_grad if spec.route == "gram" else direct_grad)(x, product, alpha, d, needs)
 
 
@@ -95,16 +94,21 @@ def _standardise(x: Normalized) -> Tensor:  # [2, N, D]
     else:
         n = x.z_a.shape[0]
         views = x.z_a.new_empty(2, *x.z_a.shape, dtype=_compute_dtype(x.z_a))
-        _let_malloc_keep(2 * views.nbytes)
+        if type(views) is Tensor:  # with data
+            _let_malloc_keep(2 * views.nbytes)
+        means = views.new_empty(2, 1, views.shape[2])
         count = views.new_full((), n)  # a number that an operator takes is made a tensor each time
-        for z, view in zip((x.z_a, x.z_b), views.unbind(), strict=True):
-            torch.sub(z, z.sum(0, dtype=view.dtype).div_(count), out=view)
-        var = _variance(_centre(views, count), count)  # rounding left 1e-7 of the means, and leaves nothing of that
-        smallest, largest = map(_scalar, torch.aminmax(var))
-        if type(smallest) is float and smallest < CONSTANT:
+        for z, mean, view in zip((x.z_a, x.z_b), means.unbind(), views.unbind(), strict=True):
+            torch.sum(z, 0, keepdim=True, dtype=mean.dtype, out=mean)
+            torch.sub(z, mean.div_(count), out=view)
+        var = _variance(views, count)
+        least, most = map(_scalar, torch.aminmax(means.mul_(means).sub_(var, alpha=FAR**2)))
+        if type(most) is float and not most <= 0:  # a mean is far from 0, or NaN
             var = _variance(_centre(views, count), count)
+            if _scalar(var.min()) < CONSTANT:
+                var = _variance(_centre(views, count), count)
         rstd = x.normalization.rstd(var, n)
-        if type(largest) is float and largest == math.inf:
+        if type(least) is float and not least > -math.inf:
             rstd += var * 0  # NaN, not the 0 of a feature that does not vary
         x.stats = (rstd, var, views.mul_(rstd))
     x.c = torch.linalg.vecdot(*views.unbind(), dim=0).div_(count)
@@ -114,9 +118,9 @@ def _standardise(x: Normalized) -> Tensor:  # [2, N, D]
 @functools.lru_cache(maxsize=64)
 def _let_malloc_keep(size: int) -> None:
     """glibc gives free memory back to the system beyond twice the largest block that was ever freed. A call frees three
-    times its views; to fault their pages in again takes as long as all its work. So such a block, never touched.
+    times its views; to fault their pages in again takes as long as all its work. So such a block, freed untouched.
     """
-    torch.empty(size, dtype=torch.uint8)
+    bytes(size)
 
 
 def _centre(views: Tensor, count: Tensor) -> Tensor:
@@ -149,6 +153,13 @@ def gram(x: Normalized, lambd: float, scale: float) -> tuple[BarlowTwinsTerms, T
     return _terms_of_gram(x, inner * d**2, lambd, scale), k
 
 
+def _times(x: Tensor, alpha: Tensor | float) -> tuple[Tensor, float]:
+    """alpha x, as a tensor and a number to multiply it by, which operators do at no cost. While a call is traced alpha
+    is a tensor without a number.
+    """
+    return (x * alpha, 1.0) if isinstance(alpha, Tensor) else (x, alpha)
+
+
 def _products(x: Tensor, y: Tensor, alpha: float) -> Tensor:  # [2, M, K], [2, L, K] -> [2, M, L]
     """alpha x @ y.T of both views, by the library that multiplies fastest: with AVX2 that is MKL, of both at once."""
     if not math.isfinite(slabs.ONEDNN_MAX_ROWS) and _by_onednn(x, y):
@@ -166,22 +177,24 @@ def _products_less_bulk(views: Tensor, power: Tensor) -> Tensor:  # [2, N, D], [
 
 
 def gram_grad(
-    x: Normalized, k: Tensor, alpha: float, d: Tensor, needs: tuple[bool, bool]
+    x: Normalized, k: Tensor, alpha: Tensor | float, d: Tensor, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients (torch_slabs.input_grad), with P_a = K_b A_hat / D, which contains C's diagonal."""
-    n, features = x.z_a.shape
-    d.sub_(x.c, alpha=alpha)
+    (n, features), dtype = x.z_a.shape, x.z_a.dtype
+    c, number = _times(x.c, alpha)
+    d.sub_(c, alpha=number)
     alpha = alpha * (features / n)
+    x_hat = _stack(x.z_a, x.z_b, _ALL, _ALL) if x.normalization is None else x.stats[2]
+    k, number = _times(k.roll(1, 0), alpha)
+    p = _products(k, x_hat.mT, number)
+    del k  # room for what follows
     if x.normalization is None:
-        x_hat = _stack(x.z_a, x.z_b, _ALL, _ALL)
-        p = _products(k.roll(1, 0), x_hat.mT, alpha)
         of_other, of_own, factor = (d, d), (None, None), 0.0
     else:
-        rstd, var, x_hat = x.stats
-        p = _products(k.roll(1, 0), x_hat.mT, alpha)
+        rstd, var = x.stats[:2]
         own = torch.add(d * x.c, (x_hat * p).sum(1, keepdim=True), alpha=1 / n).mul_(rstd)
         factor = -x.normalization.kappa(var, n)
-        if type(factor) is Tensor or bulk.is_left_out(x):
+        if isinstance(factor, Tensor) or bulk.is_left_out(x):
             own, factor = own.mul_(factor), 1.0
         if bulk.is_left_out(x):
             own += bulk.of_own(x, rstd * alpha)
@@ -195,7 +208,7 @@ def gram_grad(
         grad = torch.addcmul(p[view], x_hat[1 - view], of_other[view])
         if of_own[view] is not None:
             grad.addcmul_(x_hat[view], of_own[view], value=factor)
-        grads[view] = grad.to(x.z_a.dtype)
+        grads[view] = grad if grad.dtype is dtype else grad.to(dtype)
     return grads[0], grads[1]
 
 
@@ -213,20 +226,22 @@ def correlate(x: Normalized, lambd: float, scale: float) -> tuple[BarlowTwinsTer
 
 
 def direct_grad(
-    x: Normalized, c: Tensor, alpha: float, d: Tensor, needs: tuple[bool, bool]
+    x: Normalized, c: Tensor, alpha: Tensor | float, d: Tensor, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients (torch_slabs.input_grad), 2 N D^2 FLOPs each. rstd is in the (D, D) matrix, and mean_n(A_hat * P) =
     sum_j C_ij C_ij.
     """
+    dtype = x.z_a.dtype
     g = c * alpha
     g.diagonal().copy_(d)
     if x.normalization is None:
         x_hat = _stack(x.z_a, x.z_b, _ALL, _ALL).unbind()
     else:
         rstd, var, x_hat, squares = x.stats
-        of_own = (squares * alpha).addcmul_(d, x.c).mul_(rstd)
+        squares, number = _times(squares, alpha)
+        of_own = torch.add(d * x.c, squares, alpha=number).mul_(rstd)
         factor = -x.normalization.kappa(var, x.z_a.shape[0])
-        if type(factor) is Tensor:
+        if isinstance(factor, Tensor):
             of_own, factor = of_own.mul_(factor), 1.0
         of_own, of_p, x_hat = of_own.unbind(), rstd.unbind(), x_hat.unbind()
     grads: list[Tensor | None] = [None, None]
@@ -236,10 +251,10 @@ def direct_grad(
         own, other = x_hat[view], x_hat[1 - view]
         right = g if view else g.T
         if x.normalization is None:
-            grad = _matmul_t(other, right.T, x.z_a.dtype)
+            grad = _matmul_t(other, right.T, dtype)
         elif _by_onednn(other, right):
-            grad = _matmul_t(other, (right * of_p[view]).T, x.z_a.dtype).addcmul_(own, of_own[view], value=factor)
+            grad = _matmul_t(other, (right * of_p[view]).T, dtype).addcmul_(own, of_own[view], value=factor)
         else:  # the product is added to what is there, which costs it nothing
             grad = (own * of_own[view]).addmm_(other, right * of_p[view], beta=factor)
-        grads[view] = grad.to(x.z_a.dtype)
+        grads[view] = grad if grad.dtype is dtype else grad.to(dtype)
     return grads[0], grads[1]
