@@ -63,6 +63,14 @@ def test_a_sample_far_from_all_others(n, d):
     assert_close(answer(loss("auto"), z_a, z_b), z_a, z_b, NORMALIZATIONS["batch_norm"])
 
 
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("deviations", [3.9, 4.1, 30.0])
+def test_means_near_and_far(deviations, route):
+    """What rounding leaves of a mean is taken off where it would show."""
+    z_a, z_b = ((z - z.mean(0)) / z.std(0) + deviations for z in views(200, 300))
+    assert_close(answer(loss(route), z_a, z_b), z_a, z_b, NORMALIZATIONS["batch_norm"])
+
+
 def test_where_it_ends():
     """Inputs in half precision would take twice their room to keep."""
     assert torch_small.keeps(1024, 1024, torch.float32)
