@@ -1,9 +1,10 @@
 """Small inputs on CPUs: both routes, in few operators.
 
 A call of an operator costs as much as its work here. So both views lie in one tensor, which is kept for the backward
-pass, and they are centred by passes over it, which is in a cache: that leaves no rest of a mean that sums and gradients
-would have to be corrected for. c is summed by itself: where C_ii is close to 1 the gradient is a small difference, for
-which a product's sums are not exact enough. torch_slabs.py and torch_direct.py walk over larger inputs.
+pass, and they are centred by passes over it, which is in a cache, again where a mean is far from 0: that leaves no rest
+of a mean that sums and gradients would have to be corrected for. c is summed by itself: where C_ii is close to 1 the
+gradient is a small difference, for which a product's sums are not exact enough. torch_slabs.py and torch_direct.py walk
+over larger inputs.
 """
 
 from __future__ import annotations
